@@ -1,0 +1,261 @@
+"""What can be chosen, with units and defaults. One dial, `depth`, derives the rest of a model.
+
+Nothing here imports torch: help and preflight read these classes on login nodes, in milliseconds.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from nanochat.errors import UsageError
+
+Variant = Literal["modern", "classic"]
+Remainders = Literal["keep", "drop"]
+StageName = Literal["corpus", "tokenizer", "tokenize", "base", "report"]
+ALL_STAGES: tuple[StageName, ...] = get_args(StageName)
+
+# Channels that the smear gate and the value-embedding gates read (nanochat's gpt.py, 2026-07).
+SMEAR_GATE_CHANNELS = 24
+VALUE_GATE_CHANNELS = 12
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of one GPT. Everything that changes its weights or outputs, and nothing else."""
+
+    vocab_size: int
+    sequence_len: int = 2048
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"
+    variant: Variant = "modern"
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot be built, naming the number to change."""
+        if self.n_embd % self.n_head:
+            raise UsageError(f"width {self.n_embd} is not divisible by {self.n_head} heads", "change --head-dim")
+        if (self.n_embd // self.n_head) % 2:
+            raise UsageError(f"head dimension {self.n_embd // self.n_head} is odd", "rotary needs an even one")
+        if self.n_head % self.n_kv_head:
+            raise UsageError(
+                f"{self.n_head} query heads cannot share {self.n_kv_head} key/value heads",
+                f"choose a --num-kv-heads that divides {self.n_head}",
+            )
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UsageError(
+                f"window pattern {self.window_pattern!r} has letters other than S and L", "for example SSSL"
+            )
+        if self.variant == "modern" and self.n_embd < SMEAR_GATE_CHANNELS:
+            raise UsageError(f"width {self.n_embd} is below {SMEAR_GATE_CHANNELS}", "raise --depth")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How many earlier tokens each layer sees; the sequence length means all of them.
+
+        S is a quarter of the context rounded up to 128, the tile that attention kernels skip by. The last layer
+        always sees everything, and the classic variant has no windows at all.
+        """
+        if self.variant == "classic":
+            return (self.sequence_len,) * self.n_layer
+        short = min(-(-self.sequence_len // 4 // 128) * 128, self.sequence_len)
+        pattern = (self.window_pattern * self.n_layer)[: self.n_layer - 1] + "L"
+        return tuple(short if letter == "S" else self.sequence_len for letter in pattern)
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Whether a layer mixes a value embedding in: every other layer, the last one included."""
+        return self.variant == "modern" and layer % 2 == (self.n_layer - 1) % 2
+
+
+def model_from_depth(
+    depth: int,
+    vocab_size: int,
+    sequence_len: int,
+    *,
+    aspect_ratio: int = 64,
+    head_dim: int = 128,
+    num_kv_heads: int | None = None,
+    window_pattern: str = "SSSL",
+    variant: Variant = "modern",
+) -> ModelConfig:
+    """Derive a model from one dial: width = depth × aspect ratio, rounded up to whole heads.
+
+    Raises:
+        UsageError: the numbers do not make a model.
+    """
+    if depth < 1:
+        raise UsageError(f"a model of depth {depth} has no layers", "choose --depth 1 or more")
+    n_head = -(-depth * aspect_ratio // head_dim)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        sequence_len=sequence_len,
+        n_layer=depth,
+        n_head=n_head,
+        n_kv_head=num_kv_heads or n_head,
+        n_embd=n_head * head_dim,
+        window_pattern=window_pattern,
+        variant=variant,
+    )
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How the tokenizer is trained."""
+
+    vocab_size: int = 32768
+    """Tokens, special tokens included. At most 65536, so that a token fits in two bytes."""
+    digit_group: int = 2
+    """Longest run of digits in one token: 1, 2 or 3."""
+    max_chars: int = 2_000_000_000
+    """Train on at most this many characters of the training shards."""
+    doc_cap: int = 10_000
+    """Use at most this many characters of one document, so that no single one dominates."""
+
+
+@dataclass(frozen=True)
+class TrainBaseConfig:
+    """Pretraining. Leave a value out and the scaling rules choose it for the horizon that is actually run."""
+
+    depth: int = 20
+    """Layers. The one dial: width, heads, batch size, learning rates and horizon follow from it."""
+    aspect_ratio: int = 64
+    """Width per layer of depth, in channels."""
+    head_dim: int = 128
+    """Channels per attention head."""
+    num_kv_heads: int | None = None
+    """Key/value heads shared by the query heads (GQA). Default: as many as query heads."""
+    sequence_len: int = 2048
+    """Context, in tokens."""
+    window_pattern: str = "SSSL"
+    """Attention windows, tiled over the layers: S sees a quarter of the context, L all of it."""
+    variant: Variant = "modern"
+    """`classic` is exactly the architecture that transformers' NanoChatForCausalLM loads."""
+    model_tag: str | None = None
+    """Name of the checkpoint folder. Default: d<depth>, with the variant if it is not modern."""
+
+    num_steps: int | None = None
+    """Horizon: optimizer steps."""
+    target_flops: float | None = None
+    """Horizon: training FLOPs, for example 1e19."""
+    target_epochs: float | None = None
+    """Horizon: passes over the training data; 1 is one pass."""
+    data_param_ratio: float | None = None
+    """Horizon: training tokens per scaling parameter (block matrices + lm_head). Used, at 12, if no other is given."""
+
+    device_batch_size: int = 32
+    """Rows per forward pass on one device. Lower it when memory runs out; the result stays the same."""
+    total_batch_size: int | None = None
+    """Tokens per optimizer step over all devices. Default: from the horizon."""
+    embedding_lr: float = 0.3
+    """Learning rate of the token embedding, at width 768 and the reference batch."""
+    unembedding_lr: float = 0.008
+    """Learning rate of lm_head, at width 768 and the reference batch."""
+    matrix_lr: float = 0.02
+    """Learning rate of the block matrices (Muon), at the reference batch."""
+    scalar_lr: float = 0.5
+    """Learning rate of the per-layer scalars, at the reference batch."""
+    weight_decay: float = 0.28
+    """Weight decay of the block matrices for a d12 at its reference horizon; scaled to the run's own."""
+    scale_hyperparameters: bool = True
+    """Scale learning rates and weight decay with batch and horizon. Off: use them as given."""
+    warmup_steps: int = 40
+    """Steps of linear learning-rate warm-up, at most a tenth of the horizon."""
+    warmdown_ratio: float = 0.65
+    """Share of the horizon over which the learning rate falls."""
+    final_lr_fraction: float = 0.05
+    """Learning rate at the end, as a fraction of the peak."""
+
+    seed: int = 42
+    """Decides the initial weights and the order of the data."""
+    lanes: int = 64
+    """Independent streams of rows. The number of devices must divide it; the result does not depend on them."""
+    pool_size: int = 256
+    """Documents each lane chooses from when it packs a row."""
+    remainders: Remainders = "keep"
+    """What becomes of the rest of a document that is cut to fill a row: train on it later, or drop it."""
+
+    eval_every: int = 250
+    """Steps between validations; 0 validates at the end only."""
+    eval_tokens: int = 10_485_760
+    """Validation tokens, at most. The same rows every time, on any number of devices."""
+    sample_every: int = 0
+    """Steps between printed samples; 0 samples at the end only."""
+    save_every: int = 250
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep, at least 2: the newest may turn out damaged."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. auto: the GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations and matmuls; weights and optimizer stay float32. auto: bfloat16 where it is fast."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. auto: on a GPU."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """W&B mode. auto: offline unless WANDB_MODE says otherwise."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be trained with, naming the flag to change."""
+        horizons = {
+            "--num-steps": self.num_steps,
+            "--target-flops": self.target_flops,
+            "--target-epochs": self.target_epochs,
+            "--data-param-ratio": self.data_param_ratio,
+        }
+        given = [flag for flag, value in horizons.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} each set the horizon", "give one of them")
+        for flag in given:
+            value = horizons[flag]
+            if value is not None and value <= 0:
+                raise UsageError(f"{flag} is {value}: such a run would train nothing", f"give a positive {flag}")
+        for flag, count in {
+            "--device-batch-size": self.device_batch_size,
+            "--sequence-len": self.sequence_len,
+            "--lanes": self.lanes,
+            "--pool-size": self.pool_size,
+            "--log-every": self.log_every,
+            "--eval-tokens": self.eval_tokens,
+        }.items():
+            if count < 1:
+                raise UsageError(f"{flag} is {count}", f"give {flag} 1 or more")
+        if self.keep_checkpoints < 2:
+            raise UsageError(
+                f"--keep-checkpoints is {self.keep_checkpoints}: if the newest is damaged nothing is left",
+                "give --keep-checkpoints 2 or more",
+            )
+
+    @property
+    def tag(self) -> str:
+        """The model tag: given, or derived from the dial."""
+        suffix = "" if self.variant == "modern" else f"-{self.variant}"
+        return self.model_tag or f"d{self.depth}{suffix}"
+
+
+# The demo trains in two minutes on two cores, so it is set for what a small model learns in few tokens: a small
+# vocabulary, a short context, small batches. benchmarks/LOG.md says what else was tried.
+DEMO_TOKENIZER = TokenizerConfig(vocab_size=4096)
+DEMO_BASE = TrainBaseConfig(
+    depth=4,
+    head_dim=64,
+    sequence_len=256,
+    model_tag="demo",
+    num_steps=240,
+    total_batch_size=16 * 256,
+    matrix_lr=0.03,
+    embedding_lr=0.5,
+    unembedding_lr=0.015,
+    scale_hyperparameters=False,
+    device_batch_size=16,
+    lanes=8,
+    eval_every=100,
+    eval_tokens=65_536,
+    save_every=50,
+)

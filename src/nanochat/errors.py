@@ -1,0 +1,58 @@
+"""What a person sees when something is wrong: one line with what, where, and the command that mends it."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a command ends, so that a batch script can decide what to do next.
+
+    75 is BSD's EX_TEMPFAIL (sysexits.h): try the same command again later.
+    """
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    PREFLIGHT = 3
+    DATA_DAMAGED = 4
+    REQUEUE = 75
+
+
+class NanochatError(Exception):
+    """An error whose message is meant for the person at the terminal, shown without a traceback.
+
+    Args:
+        what: what is wrong and where, in one line.
+        fix: the command or change that mends it.
+    """
+
+    exit_code = ExitCode.FAILED
+
+    def __init__(self, what: str, fix: str | None = None) -> None:
+        self.what = what
+        self.fix = fix
+        super().__init__(what if fix is None else f"{what} — {fix}")
+
+
+class UsageError(NanochatError):
+    """The command was asked for something that cannot be done as asked."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataError(NanochatError):
+    """Data on disk is missing, damaged, or not what its manifest says."""
+
+    exit_code = ExitCode.DATA_DAMAGED
+
+
+class StoppedWithMainError(NanochatError):
+    """This rank ended because rank 0 failed, which tells the person why."""
+
+    def __init__(self) -> None:
+        super().__init__("rank 0 failed; see its message")
+
+
+class StoppedForRequeueError(NanochatError):
+    """Training stopped on request after it wrote a checkpoint; the same command carries on."""
+
+    exit_code = ExitCode.REQUEUE

@@ -1,0 +1,227 @@
+"""Device, dtype, threads, seeds and torch.distributed: what must be set once, before anything is computed."""
+
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from nanochat.errors import StoppedWithMainError, UsageError
+
+# A rank may wait this long for another before the job is declared dead. A checkpoint of a large model to a slow
+# file system takes minutes, a hang should not cost an hour.
+COLLECTIVE_TIMEOUT = timedelta(minutes=20)
+
+# How often ranks that wait for rank 0 hear from it.
+SECONDS_BETWEEN_SIGNS = 5.0
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process computes and which of how many it is."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks, logs and writes."""
+        return self.rank == 0
+
+
+def cpu_has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is emulated and slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def choose_compute_dtype(device: torch.device, dtype: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
+    """The dtype of activations and matmuls. Weights and optimizer state are always float32."""
+    if dtype != "auto":
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_fast_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def allow_tf32() -> None:
+    """Let float32 matmuls on the GPU use TF32.
+
+    PyTorch has an old and a new way to say this, and a process that has used the new one crashes where Inductor
+    still reads the old one (torch 2.13: `_inductor/select_algorithm.py`). So this project uses the old one only,
+    here only, until the last such reader is gone.
+    """
+    torch.set_float32_matmul_precision("high")
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity mask, which Slurm and containers narrow, not the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_cpu_threads(local_world_size: int) -> None:
+    """Share the usable cores between the ranks of this host, unless OMP_NUM_THREADS already says how.
+
+    Under torchrun a value of 1 says nothing: torchrun sets it where nothing is set, which leaves most of a CPU host
+    idle.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS")
+    if asked is None or (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+        torch.set_num_threads(max(1, usable_cores() // local_world_size))
+
+
+def keep_compiled_code(folder: Path) -> None:
+    """Have Inductor and Triton keep what they compile below `folder`, unless their own variables name a place.
+
+    Their default is /tmp of the node, where the next job does not find it.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+@contextmanager
+def start_runtime(
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+) -> Iterator[Runtime]:
+    """Set this process up, joining the others if a launcher (torchrun) started several.
+
+    The process group exists on CPU (gloo) as on GPU (NCCL), so that the same code runs everywhere and ranks can
+    never train apart unnoticed.
+
+    Raises:
+        UsageError: a GPU is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda, but this process sees no GPU", "use --device cpu, or check nvidia-smi")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch_device = torch.device("cpu")
+    if on_gpu:
+        # Slurm may show each task its own GPU only, which is then number 0 whatever the local rank.
+        visible = torch.cuda.device_count()
+        if 1 < visible <= local_rank:
+            raise UsageError(
+                f"local rank {local_rank} has no GPU: this node shows {visible}", "start as many ranks as GPUs"
+            )
+        torch_device = torch.device("cuda", local_rank % visible)
+        torch.cuda.set_device(torch_device)
+        allow_tf32()
+    if world_size > 1:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=torch_device if on_gpu else None,
+        )
+    yield Runtime(torch_device, choose_compute_dtype(torch_device, dtype), rank, world_size)
+    # Only after success: with the others still inside a collective, NCCL may wait for them for ever.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's generators. NumPy's global one is not used anywhere."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, str]:
+    """The generators' states as text, for a checkpoint."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: bytes(state.tolist()).hex() for name, state in states.items()}
+
+
+def restore_random_state(states: dict[str, str], device: torch.device) -> None:
+    """Undo what has been drawn since `random_state`. A generator this machine does not have is left out."""
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(states["cpu"]), dtype=torch.uint8))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(states["cuda"]), dtype=torch.uint8), device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process held: what the GPU's allocator reserved, or resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    import resource
+
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """Collect one picklable value per rank, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def run_on_main(work: Callable[[], Result]) -> Result | None:
+    """Do work on rank 0 while the others wait for it, however long it takes.
+
+    A barrier would give up after COLLECTIVE_TIMEOUT. Here the ranks hear every few seconds that the work goes on. If it
+    fails, rank 0 raises its error and the others end too, instead of waiting for ever.
+
+    Returns:
+        What `work` returned, on rank 0; None elsewhere.
+    """
+    if not dist.is_initialized():
+        return work()
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def keep_outcome() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=keep_outcome, name="work of rank 0", daemon=True)
+    if dist.get_rank() == 0:
+        thread.start()
+    while True:
+        if dist.get_rank() == 0:
+            thread.join(SECONDS_BETWEEN_SIGNS)
+        working, failed = from_main((thread.is_alive(), bool(errors)))
+        if failed:
+            raise errors[0] if errors else StoppedWithMainError()
+        if not working:
+            return results[0] if results else None
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
