@@ -1,0 +1,1 @@
+"""Where text comes from, and the parquet shards every later stage reads it from."""

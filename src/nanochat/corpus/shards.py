@@ -1,0 +1,421 @@
+"""Parquet shards of text with a manifest: written whole or not at all, and read with every page checked.
+
+A corpus is a folder of `shard_00000.parquet`, `shard_00001.parquet`, … with one column, `text`. The last
+shard is the validation set, all others are for training; `manifest.json` says what each must contain.
+
+The validation set is chosen by the texts themselves: the documents with the smallest seeded digests. So it
+is a uniform sample whatever order or kind the documents come in, it can be taken while streaming, and exact
+copies of one document always fall on the same side. Cutting it from the end of the stream was the
+alternative; that measures only the last file.
+"""
+
+import hashlib
+import heapq
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nanochat.errors import DataError, UsageError
+from nanochat.files import (
+    MANIFEST_NAME,
+    file_entry,
+    fingerprint,
+    read_manifest,
+    sync_file,
+    sync_folder,
+    temporary_sibling,
+    verify_files,
+    write_manifest,
+)
+
+Split = Literal["train", "val"]
+
+TEXT_COLUMN = "text"
+# Readers hold one row group in memory. 500–5,000 rows of web text read fastest.
+ROW_GROUP_ROWS = 1024
+ROW_GROUP_BYTES = 64 * 2**20
+# A small corpus gives at most this share of its documents to validation, whatever number was asked for.
+LARGEST_VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus whose files are all there with the size their manifest says."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    train_shards: tuple[Path, ...]
+    val_shards: tuple[Path, ...]
+    train_rows: int
+    val_rows: int
+    fingerprint: str
+
+
+@dataclass
+class _Cleaning:
+    """Makes every text one that UTF-8 can hold, and counts what it had to change or leave out."""
+
+    empty: int = 0
+    repaired: int = 0
+
+    def clean(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            if not text.strip():
+                self.empty += 1
+                continue
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                self.repaired += 1
+                # Half a surrogate pair becomes U+FFFD; two matching halves become the character they mean.
+                yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            else:
+                yield text
+
+
+class _ValidationSample:
+    """The `limit` distinct texts with the smallest digests among those seen so far.
+
+    The largest digest kept only ever falls, so a text once sent to training never comes back as validation.
+    """
+
+    def __init__(self, limit: int, seed: int) -> None:
+        self._limit = limit
+        self._seed = seed
+        self._largest_first: list[int] = []
+        self._copies: dict[int, tuple[str, int]] = {}
+
+    def training_texts(self, texts: Iterable[str]) -> Iterator[str]:
+        """Keep the sample, pass on everything else."""
+        rows = 0
+        for text in texts:
+            rows += 1
+            yield from self._offer(text)
+        share = max(1, int(rows * LARGEST_VALIDATION_SHARE))
+        while len(self._largest_first) > share:
+            yield from self._evict()
+
+    def texts(self) -> Iterator[str]:
+        """The sample in digest order, so that kinds of text stay mixed."""
+        for digest in sorted(self._copies):
+            text, copies = self._copies[digest]
+            yield from [text] * copies
+
+    def _offer(self, text: str) -> Iterator[str]:
+        digest = text_digest(text, self._seed)
+        if digest in self._copies:
+            self._copies[digest] = (text, self._copies[digest][1] + 1)
+        elif len(self._largest_first) == self._limit and digest > -self._largest_first[0]:
+            yield text
+        else:
+            heapq.heappush(self._largest_first, -digest)
+            self._copies[digest] = (text, 1)
+            if len(self._largest_first) > self._limit:
+                yield from self._evict()
+
+    def _evict(self) -> list[str]:
+        text, copies = self._copies.pop(-heapq.heappop(self._largest_first))
+        return [text] * copies
+
+
+def text_digest(text: str, seed: int) -> int:
+    """A 128-bit number that depends on the text and the seed alone, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16, key=str(seed).encode()).digest())
+
+
+def write_corpus(
+    folder: Path,
+    texts: Iterable[str],
+    *,
+    rows_per_shard: int,
+    source: dict[str, Any],
+    validation_rows: int,
+    seed: int = 0,
+    details: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Stream texts into a new corpus at `folder`, or keep the one that is already there if it is the same.
+
+    In memory are one row group and the validation set, never more. Empty texts are left out and lone
+    surrogates become U+FFFD; the manifest counts both. Training rows keep the order in which they came, but
+    for the few that were held back as validation candidates first.
+
+    Args:
+        folder: where the corpus will be. It appears under this name when it is complete.
+        texts: the documents. They are not touched if the corpus already exists.
+        rows_per_shard: documents in one training shard.
+        source: where the texts come from, JSON-able: two equal sources mean the same texts.
+        validation_rows: distinct documents in the validation set, but never more than a tenth of all.
+        seed: chooses another validation set.
+        details: more to record, read after the last text, so that whoever yields the texts can count in it.
+
+    Returns:
+        The manifest (kind `corpus`): per file rows, characters, UTF-8 bytes, checksum, split; totals; schema.
+
+    Raises:
+        UsageError: `folder` holds something else, or there are not two different documents.
+    """
+    if rows_per_shard < 1 or validation_rows < 1:
+        raise UsageError(
+            f"a corpus with {rows_per_shard} rows per shard and {validation_rows} validation rows is empty",
+            "ask for at least 1 of each",
+        )
+    identity = {
+        "source": source,
+        "layout": {"rows_per_shard": rows_per_shard, "validation_rows": validation_rows, "seed": seed},
+    }
+    existing = _existing_manifest(folder, identity)
+    if existing is not None:
+        return existing
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = temporary_sibling(folder)
+    building.mkdir()
+    try:
+        cleaning = _Cleaning()
+        sample = _ValidationSample(validation_rows, seed)
+        train_texts = sample.training_texts(cleaning.clean(texts))
+        files = _write_shards(building, train_texts, rows_per_shard)
+        if not files:
+            raise UsageError(
+                f"{folder} would have nothing to train on: its texts hold fewer than two different documents",
+                "give it more text",
+            )
+        files.append(_write_shard(building / _shard_name(len(files)), sample.texts(), "val"))
+        manifest = write_manifest(
+            building,
+            "corpus",
+            files,
+            schema={TEXT_COLUMN: "string"},
+            totals=_totals(files),
+            empty_texts_skipped=cleaning.empty,
+            invalid_texts_repaired=cleaning.repaired,
+            details=dict(details or {}),
+            **identity,
+        )
+        try:
+            building.rename(folder)
+        except OSError:
+            # Another process finished first. If it made the same corpus, that one is as good as ours.
+            existing = _existing_manifest(folder, identity)
+            if existing is None:
+                raise
+            shutil.rmtree(building)
+            return existing
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+    return manifest
+
+
+def open_corpus(folder: Path, fix: str, checksums: bool = False) -> Corpus:
+    """Open a corpus and check that every file is there.
+
+    Args:
+        fix: the command that makes the corpus again, for the error.
+        checksums: also read and check every byte.
+
+    Raises:
+        DataError: no manifest, a damaged manifest, or a file that is missing or not as its manifest says.
+    """
+    manifest = read_manifest(folder, "corpus", fix)
+    try:
+        files: list[dict[str, Any]] = manifest["files"]
+        verify_files(folder, files, fix, checksums)
+        train = [entry for entry in files if entry["split"] == "train"]
+        val = [entry for entry in files if entry["split"] == "val"]
+        corpus = Corpus(
+            folder=folder,
+            manifest=manifest,
+            train_shards=tuple(folder / entry["name"] for entry in train),
+            val_shards=tuple(folder / entry["name"] for entry in val),
+            train_rows=sum(entry["rows"] for entry in train),
+            val_rows=sum(entry["rows"] for entry in val),
+            fingerprint=manifest["fingerprint"],
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder / MANIFEST_NAME} is damaged (no usable {error})", fix) from None
+    if not corpus.train_rows or not corpus.val_rows:
+        raise DataError(f"{folder} has {corpus.train_rows} training and {corpus.val_rows} validation rows", fix)
+    return corpus
+
+
+def shard_paths(folder: Path, split: Split, fix: str) -> tuple[Path, ...]:
+    """The shards of one split, in order. Raises DataError as `open_corpus` does."""
+    corpus = open_corpus(folder, fix)
+    return corpus.train_shards if split == "train" else corpus.val_shards
+
+
+def read_texts(folder: Path, split: Split, fix: str) -> Iterator[str]:
+    """Yield every document of one split, in order, with one row group in memory.
+
+    Raises:
+        DataError: as `open_corpus`, or a shard is damaged inside.
+    """
+    for path in shard_paths(folder, split, fix):
+        for text in read_column(path, TEXT_COLUMN, fix):
+            if text is None:
+                raise DataError(f"{path} has rows without text", fix)
+            yield text
+
+
+def read_column(path: Path, column: str, fix: str) -> Iterator[str | None]:
+    """Yield one text column of a parquet file, row by row; `None` for a null.
+
+    Raises:
+        DataError: the file is truncated or damaged, or has no such column of strings.
+    """
+    for batch in _read_batches(path, column, fix):
+        yield from batch.to_pylist()
+
+
+def adopt(folder: Path) -> Corpus:
+    """Give a manifest to parquet shards that another tool put into `folder`, after reading all of them.
+
+    The last shard in name order becomes the validation set, as everywhere in this field. A folder that has a
+    manifest is only opened.
+
+    Raises:
+        DataError: fewer than two shards; a shard that is empty, truncated, or without a full column `text`.
+    """
+    fix = "download it again, or take it out of the folder"
+    if (folder / MANIFEST_NAME).is_file():
+        return open_corpus(folder, fix)
+    paths = sorted(folder.glob("shard_*.parquet"))
+    if len(paths) < 2:
+        raise DataError(
+            f"{folder} has {len(paths)} shard_*.parquet: it takes one to train on and one to validate on",
+            "move the folder and import it, which cuts a validation set: nanochat data local FOLDER",
+        )
+    files = [_adopted_entry(path, "val" if path == paths[-1] else "train", fix) for path in paths]
+    write_manifest(
+        folder,
+        "corpus",
+        files,
+        schema={TEXT_COLUMN: "string"},
+        totals=_totals(files),
+        source={"name": "adopted"},
+    )
+    return open_corpus(folder, fix)
+
+
+def _existing_manifest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the corpus at `folder` if it is the one asked for, `None` if nothing is there."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    elsewhere = f"set NANOCHAT_BASE_DIR to another folder, or remove this corpus: rm -r {folder}"
+    if not (folder / MANIFEST_NAME).is_file():
+        raise UsageError(f"{folder} already holds something that is not a corpus with a manifest", elsewhere)
+    manifest = open_corpus(folder, f"{elsewhere}, then run this again").manifest
+    if fingerprint({key: manifest.get(key) for key in identity}) != fingerprint(identity):
+        raise UsageError(f"{folder} already holds another corpus (from {manifest.get('source')})", elsewhere)
+    return manifest
+
+
+def _shard_name(index: int) -> str:
+    return f"shard_{index:05d}.parquet"
+
+
+def _write_shards(folder: Path, texts: Iterator[str], rows_per_shard: int) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for first in texts:
+        shard = chain([first], islice(texts, rows_per_shard - 1))
+        entries.append(_write_shard(folder / _shard_name(len(entries)), shard, "train"))
+    return entries
+
+
+def _write_shard(path: Path, texts: Iterable[str], split: Split) -> dict[str, Any]:
+    rows = characters = text_bytes = 0
+    schema = pa.schema([pa.field(TEXT_COLUMN, pa.string(), nullable=False)])
+    # Documents hardly repeat, so a dictionary would only cost time. Page checksums let a reader notice a
+    # flipped bit.
+    with pq.ParquetWriter(
+        path, schema, compression="zstd", compression_level=3, use_dictionary=False, write_page_checksum=True
+    ) as writer:
+        for group in _row_groups(texts):
+            array = pa.array(group, pa.string())
+            writer.write_table(pa.table([array], schema=schema), row_group_size=ROW_GROUP_ROWS)
+            rows += len(group)
+            characters += sum(map(len, group))
+            text_bytes += pc.sum(pc.binary_length(array)).as_py()
+    sync_file(path)
+    return file_entry(path, rows=rows, characters=characters, text_bytes=text_bytes, split=split)
+
+
+def _row_groups(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Groups that are bounded in rows and in bytes: one group of huge documents must still fit in memory."""
+    group: list[str] = []
+    characters = 0
+    for text in texts:
+        group.append(text)
+        characters += len(text)
+        if len(group) == ROW_GROUP_ROWS or characters >= ROW_GROUP_BYTES:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _totals(files: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    return {
+        split: {
+            key: sum(entry[key] for entry in files if entry["split"] == split)
+            for key in ("rows", "characters", "text_bytes")
+        }
+        for split in ("train", "val")
+    }
+
+
+def _adopted_entry(path: Path, split: Split, fix: str) -> dict[str, Any]:
+    rows = characters = text_bytes = 0
+    for array in _read_batches(path, TEXT_COLUMN, fix):
+        if array.null_count:
+            raise DataError(
+                f"{path} has rows without text",
+                "move the folder and import it, which leaves them out: nanochat data local FOLDER",
+            )
+        rows += len(array)
+        characters += pc.sum(pc.utf8_length(array)).as_py() or 0
+        text_bytes += pc.sum(pc.binary_length(array)).as_py() or 0
+    if rows == 0:
+        raise DataError(f"{path} has no rows", fix)
+    return file_entry(path, rows=rows, characters=characters, text_bytes=text_bytes, split=split)
+
+
+def _read_batches(path: Path, column: str, fix: str) -> Iterator[Any]:
+    """Yield a string column as Arrow arrays of at most one row group's rows."""
+    with (
+        _as_data_error(path, fix),
+        pq.ParquetFile(path, page_checksum_verification=True) as parquet,
+    ):
+        schema = parquet.schema_arrow
+        other_column = "say which one holds the text: nanochat data local FOLDER --text-column NAME"
+        if column not in schema.names:
+            raise DataError(
+                f"{path} has no column {column!r} (it has: {', '.join(schema.names) or 'none'})",
+                other_column,
+            )
+        column_type = schema.field(column).type
+        if not (pa.types.is_string(column_type) or pa.types.is_large_string(column_type)):
+            raise DataError(
+                f"{path}: column {column!r} holds {column_type}, not text",
+                other_column,
+            )
+        for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS, columns=[column]):
+            yield batch.column(0)
+
+
+@contextmanager
+def _as_data_error(path: Path, fix: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path} is damaged ({reason})", fix) from None
