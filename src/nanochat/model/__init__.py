@@ -1,0 +1,1 @@
+"""The network: tokens in, next-token distribution out."""
