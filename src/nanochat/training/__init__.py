@@ -1,0 +1,1 @@
+"""Optimizer steps: one loop, what differs between stages, and checkpoints."""

@@ -1,0 +1,383 @@
+"""The training loop: one for every stage, from the first step to the last checkpoint.
+
+What differs between base, mid, SFT and RL is handed in as a `Stage`: model, optimizer, data, schedule, evaluation,
+samples. What is the same is here: gradient accumulation, the guard against non-finite steps, metrics, checkpoints
+before evaluations, and a stop that all ranks agree on.
+
+A step is one optimizer update on one global batch. Step k means "k updates done"; its metrics describe the update
+that led to it.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.errors import NanochatError, StoppedForRequeueError, StoppedWithMainError
+from nanochat.loader.batches import BatchLoader, merge_states
+from nanochat.model.gpt import GPT
+from nanochat.optim.optimizer import ShardedOptimizer
+from nanochat.optim.schedules import StepSchedule
+from nanochat.runtime import (
+    Runtime,
+    barrier,
+    from_main,
+    gather_from_ranks,
+    peak_memory_bytes,
+    random_state,
+    restore_random_state,
+    sum_over_ranks,
+)
+from nanochat.tracking.console import Console, format_count, format_fields, format_seconds
+from nanochat.tracking.metrics import MetricsLog, read
+from nanochat.tracking.wandb_run import WandbRun
+from nanochat.training.checkpoint import CheckpointNotSavedError, save_checkpoint
+from nanochat.training.stopping import StopRequest
+
+# A single overflow is skipped and counted; this many in a row mean that the run has diverged.
+MOST_SKIPS_IN_A_ROW = 10
+SMOOTHING = 0.9
+EVALUATION_KEY = "val/bpb"
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How long the loop runs and how often it does what; counts of steps, 0 for "at the end only"."""
+
+    num_steps: int
+    log_every: int
+    eval_every: int
+    sample_every: int
+    save_every: int
+    keep_checkpoints: int
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something is due after this many steps; at the end everything is."""
+        return step == self.num_steps or (every > 0 and step % every == 0)
+
+
+@dataclass
+class Progress:
+    """What is carried from step to step and through checkpoints, beside weights and data position."""
+
+    step: int = 0
+    smoothed_loss: float = 0.0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Everything that makes one stage different from another.
+
+    Attributes:
+        name: base, mid, sft or rl.
+        model: the network, on its device.
+        forward: the same network as it is called in training: compiled, or just itself.
+        optimizer: holds every parameter of the model.
+        loader: this rank's batches.
+        schedule: learning rate and the like of a step, counted from 0.
+        evaluate: metrics of the model as it stands; called on all ranks, must contain `val/bpb`.
+        sample: example texts; called on rank 0.
+        tokens_per_step: tokens of a global batch.
+        tokens_per_epoch: tokens of one pass over the data.
+        flops_per_token: training FLOPs per token.
+        checkpoints: the folder for `step_NNNNNN/`.
+        config: the resolved configuration, stored in every checkpoint.
+    """
+
+    name: str
+    model: GPT
+    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    optimizer: ShardedOptimizer
+    loader: BatchLoader
+    schedule: Callable[[int], StepSchedule]
+    evaluate: Callable[[], dict[str, float]]
+    sample: Callable[[], list[dict[str, str]]]
+    tokens_per_step: int
+    tokens_per_epoch: int
+    flops_per_token: int
+    checkpoints: Path
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trackers:
+    """Where a run can be followed. Metrics and W&B exist on rank 0 only."""
+
+    console: Console
+    metrics: MetricsLog | None = None
+    wandb: WandbRun = field(default_factory=lambda: WandbRun(None))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record one step's values everywhere. A full disk costs the row, with a warning, and not the run."""
+        if self.metrics is not None:
+            try:
+                self.metrics.log(step, values)
+            except OSError as error:
+                self.console.warning(f"metrics of step {step} could not be written: {error}")
+            self.wandb.log(values, step)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """What the loop itself restores from a checkpoint, whose tensors are long in place by then."""
+
+    progress: Progress
+    random_state: dict[str, str]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a stage ended."""
+
+    progress: Progress
+    evaluation: dict[str, float]
+    samples: list[dict[str, str]]
+    fingerprint: str
+    peak_memory_bytes: int
+
+
+def train(
+    stage: Stage, cadence: Cadence, runtime: Runtime, trackers: Trackers, resumed: ResumePoint | None = None
+) -> TrainingResult:
+    """Train to the end of the horizon, from the start or from a checkpoint.
+
+    The caller has already loaded the checkpoint into model, optimizer and loader; the loop restores its own part.
+
+    Raises:
+        StoppedForRequeueError: a signal asked to stop; a checkpoint was written.
+        CheckpointNotSavedError: the last checkpoint could not be written.
+        NanochatError: the loss stayed non-finite.
+    """
+    progress = Progress()
+    fingerprint = ""
+    if resumed is not None:
+        progress = resumed.progress
+        restore_random_state(resumed.random_state, runtime.device)
+        fingerprint = resumed.fingerprint
+    if trackers.metrics is not None:
+        # A fresh start owes nothing to what an earlier run may have left in the file, its step 0 included.
+        trackers.metrics.resume(progress.step if resumed is not None else -1)
+    evaluation = _evaluation_at(progress.step, runtime, trackers)
+    samples: list[dict[str, str]] = []
+    skips_in_a_row = 0
+    first_step = True
+
+    with StopRequest() as stop, _live_bar(trackers.console, stage.name, cadence, progress) as show_progress:
+        while True:
+            step = progress.step
+            if not evaluation and cadence.due(cadence.eval_every, step):
+                evaluation = stage.evaluate()
+                trackers.log(step, evaluation)
+                trackers.console.info(f"step {step}/{cadence.num_steps} {format_fields(evaluation)}")
+            if cadence.due(cadence.sample_every, step) and step > 0:
+                samples = stage.sample() if runtime.is_main else []
+                for sample in samples:
+                    trackers.console.info(f"  {sample['prompt']!r} → {sample['text']!r}")
+            if step == cadence.num_steps:
+                break
+
+            started = time.perf_counter()
+            schedule = stage.schedule(step)
+            loss, gradient_norm, stop_agreed, data_seconds = _forward_backward(stage, runtime, stop)
+            if math.isfinite(loss) and math.isfinite(gradient_norm):
+                stage.optimizer.step(schedule)
+                progress.smoothed_loss = SMOOTHING * progress.smoothed_loss + (1 - SMOOTHING) * loss
+                skips_in_a_row = 0
+            else:
+                progress.skipped_steps += 1
+                skips_in_a_row += 1
+                trackers.console.warning(f"step {step + 1}: loss {loss}, gradient norm {gradient_norm}; skipped")
+            stage.optimizer.zero_gradients()
+            seconds = time.perf_counter() - started
+            progress.step += 1
+            progress.seconds += seconds
+            evaluation = {}
+            show_progress(loss)
+            if skips_in_a_row == MOST_SKIPS_IN_A_ROW:
+                raise NanochatError(
+                    f"{stage.name} diverged: {MOST_SKIPS_IN_A_ROW} steps up to {progress.step} had no finite loss",
+                    f"lower the learning rates, or go back: rm -r the newest folders in {stage.checkpoints}",
+                )
+
+            if cadence.due(cadence.log_every, progress.step):
+                _log_step(
+                    stage,
+                    cadence,
+                    runtime,
+                    trackers,
+                    progress,
+                    schedule,
+                    loss,
+                    gradient_norm,
+                    seconds,
+                    data_seconds,
+                )
+            if cadence.due(cadence.save_every, progress.step) or stop_agreed:
+                # Before evaluating: an evaluation that fails or is killed must not cost the trained weights.
+                must_succeed = stop_agreed or progress.step == cadence.num_steps
+                fingerprint = _save(stage, cadence, runtime, trackers, progress, must_succeed) or fingerprint
+            if stop_agreed and progress.step < cadence.num_steps:
+                raise StoppedForRequeueError(
+                    f"{stage.name} stopped at step {progress.step} of {cadence.num_steps} on "
+                    f"{stop.signal_name or 'the word of another rank'}, checkpoint in {stage.checkpoints}",
+                    "the same command carries on",
+                )
+            if first_step:
+                # What the set-up made lives for the whole run; the collector need not walk it again and again.
+                gc.collect()
+                gc.freeze()
+                first_step = False
+
+    if progress.skipped_steps == progress.step:
+        raise NanochatError(
+            f"{stage.name} took no optimizer step: no loss was finite in {progress.step} steps",
+            "lower the learning rates; nothing was trained",
+        )
+    return TrainingResult(progress, evaluation, samples, fingerprint, peak_memory_bytes(runtime.device))
+
+
+def _forward_backward(stage: Stage, runtime: Runtime, stop: StopRequest) -> tuple[float, float, bool, float]:
+    """Accumulate and reduce the gradients of one global batch.
+
+    Returns:
+        The mean loss and the gradient norm, both over all ranks and so the same on each; whether any rank was
+        asked to stop; the seconds spent waiting for data.
+    """
+    started = time.perf_counter()
+    micro_batches = stage.loader.next_step()
+    data_seconds = time.perf_counter() - started
+    totals = torch.zeros(2, device=runtime.device)
+    for inputs_BT, targets_BT in micro_batches:
+        try:
+            loss = stage.forward(inputs_BT, targets_BT) / len(micro_batches)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch ships this method without annotations.
+        except torch.OutOfMemoryError:
+            raise NanochatError(
+                f"{runtime.device} has too little memory for {inputs_BT.size(0)} rows at once",
+                f"lower --device-batch-size, for example to {max(1, inputs_BT.size(0) // 2)}; the result is the same",
+            ) from None
+        totals[0] += loss.detach() / runtime.world_size
+    totals[1] = float(stop.signal_name is not None)
+    gradient_norm = stage.optimizer.reduce_gradients()
+    loss_sum, stop_votes, norm = torch.cat((sum_over_ranks(totals), gradient_norm.view(1))).tolist()
+    return loss_sum, norm, stop_votes > 0, data_seconds
+
+
+@contextmanager
+def _live_bar(console: Console, name: str, cadence: Cadence, progress: Progress) -> Iterator[Callable[[float], None]]:
+    """On a terminal, a bar that is told the loss of each step. In a log file the lines of metrics are enough."""
+    if not console.interactive:
+        yield lambda loss: None
+        return
+    with console.progress(name, cadence.num_steps) as bar:
+        bar.advance(progress.step)
+        yield lambda loss: bar.advance(1, loss=loss)
+
+
+def _evaluation_at(step: int, runtime: Runtime, trackers: Trackers) -> dict[str, float]:
+    """The evaluation already recorded for a step, so that a resume neither repeats nor forgets it."""
+    found: dict[str, float] = {}
+    if trackers.metrics is not None:
+        for row in read(trackers.metrics.path):
+            if row["step"] == step and EVALUATION_KEY in row:
+                found = {key: value for key, value in row.items() if key != "step"}
+    recorded: dict[str, float] = from_main(found if runtime.is_main else None)
+    return recorded
+
+
+def _log_step(
+    stage: Stage,
+    cadence: Cadence,
+    runtime: Runtime,
+    trackers: Trackers,
+    progress: Progress,
+    schedule: StepSchedule,
+    loss: float,
+    gradient_norm: float,
+    seconds: float,
+    data_seconds: float,
+) -> None:
+    """Record and print one step."""
+    tokens = progress.step * stage.tokens_per_step
+    smoothed = progress.smoothed_loss / (1 - SMOOTHING ** max(1, progress.step - progress.skipped_steps))
+    trackers.log(
+        progress.step,
+        {
+            "train/loss": loss,
+            "train/smoothed_loss": smoothed,
+            "train/gradient_norm": gradient_norm,
+            "train/lr_multiplier": schedule.lr_multiplier,
+            "train/muon_momentum": schedule.muon_momentum,
+            "train/tokens": tokens,
+            "train/flops": tokens * stage.flops_per_token,
+            "train/epoch": tokens / stage.tokens_per_epoch,
+            "train/skipped_steps": progress.skipped_steps,
+            "time/tokens_per_second": stage.tokens_per_step / seconds,
+            "time/step_seconds": seconds,
+            "time/data_seconds": data_seconds,
+            "time/train_seconds": progress.seconds,
+            "memory/peak_bytes": peak_memory_bytes(runtime.device),
+        },
+    )
+    left = progress.seconds / progress.step * (cadence.num_steps - progress.step)
+    trackers.console.info(
+        f"step {progress.step}/{cadence.num_steps} loss={smoothed:.4f} "
+        f"lr={schedule.lr_multiplier:.2f} norm={gradient_norm:.3f} "
+        f"tok/s={format_count(round(stage.tokens_per_step / seconds))} left={format_seconds(left)}"
+    )
+
+
+def _save(
+    stage: Stage,
+    cadence: Cadence,
+    runtime: Runtime,
+    trackers: Trackers,
+    progress: Progress,
+    must_succeed: bool,
+) -> str:
+    """Write a checkpoint on rank 0, all ranks taking part in gathering it.
+
+    A failed save in mid-run is a warning: training goes on, and the next save tries again.
+    """
+    loader_state = merge_states(gather_from_ranks(stage.loader.state_dict()))
+    optimizer_state = stage.optimizer.state_dict()
+    fingerprint = ""
+    error: CheckpointNotSavedError | None = None
+    if runtime.is_main:
+        try:
+            if trackers.metrics is not None:
+                # First: a checkpoint whose metrics are lost in a power failure would never write them again.
+                trackers.metrics.sync()
+            fingerprint = save_checkpoint(
+                stage.checkpoints,
+                progress.step,
+                model=stage.model.state_dict(),
+                optimizer=optimizer_state,
+                state={
+                    "progress": vars(progress),
+                    "loader": loader_state,
+                    "random": random_state(runtime.device),
+                },
+                config=stage.config,
+                keep=cadence.keep_checkpoints,
+            )
+        except CheckpointNotSavedError as failure:
+            error = failure
+        except OSError as failure:
+            error = CheckpointNotSavedError(f"checkpoint of step {progress.step} could not be written: {failure}")
+    failed: bool = from_main(error is not None)
+    if failed and must_succeed:
+        raise error or StoppedWithMainError()
+    if error is not None:
+        trackers.console.warning(str(error))
+    barrier()
+    return fingerprint

@@ -1,0 +1,374 @@
+"""Pretraining end to end on a tiny model: it learns, resumes exactly, and agrees between one rank and several."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed import run_distributed
+from nanochat.config import TrainBaseConfig
+from nanochat.errors import DataError, NanochatError, StoppedForRequeueError, UsageError
+from nanochat.files import lock_folder
+from nanochat.model.gpt import GPT
+from nanochat.runtime import Runtime
+from nanochat.tokenizer.train import train_tokenizer
+from nanochat.tracking.metrics import MetricsLog, read
+from nanochat.training.base import metrics_path, train_base
+from nanochat.training.checkpoint import CheckpointNotSavedError, list_steps, load_checkpoint
+from nanochat.workspace import Workspace
+from toolchain import needs_compiler
+
+RUN = "test-run"
+CONFIG = TrainBaseConfig(
+    depth=2,
+    aspect_ratio=16,
+    head_dim=16,
+    sequence_len=32,
+    model_tag="tiny",
+    num_steps=12,
+    total_batch_size=16 * 32,
+    device_batch_size=16,
+    lanes=12,
+    pool_size=8,
+    scale_hyperparameters=False,
+    weight_decay=0.0,
+    eval_every=6,
+    eval_tokens=1024,
+    save_every=4,
+    log_every=1,
+    dtype="float32",
+    wandb="disabled",
+)
+CPU = Runtime(torch.device("cpu"), torch.float32)
+# What a clock decides; everything else in a metrics file is a result.
+CLOCKED = ("time/", "memory/")
+# Another order of summation changes the last bits of a gradient, and a dozen steps at a high rate carry that on.
+ROUNDING = 1e-2
+
+
+def results(workspace: Workspace) -> list[dict[str, Any]]:
+    """The metrics without what a clock decides."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith(CLOCKED)}
+        for row in read(metrics_path(workspace, RUN, "tiny"))
+    ]
+
+
+def weights_digest(workspace: Workspace, step: int = 12) -> dict[str, str]:
+    """Digests of the weights and the optimizer state of a step."""
+    folder = workspace.checkpoints("base", "tiny") / f"step_{step:06d}"
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, _prepared_workspace: Path) -> Workspace:
+    """A run from start to end that nothing happened to."""
+    root = tmp_path_factory.mktemp("undisturbed") / "workspace"
+    workspace = Workspace(Path(shutil.copytree(_prepared_workspace, root)))
+    train_base(CONFIG, RUN, workspace, CPU)
+    return workspace
+
+
+def test_the_model_learns(undisturbed: Workspace) -> None:
+    rows = results(undisturbed)
+    bpb = [row["val/bpb"] for row in rows if "val/bpb" in row]
+    assert [row["step"] for row in rows if "val/bpb" in row] == [0, 6, 12]
+    assert bpb[0] > bpb[1] > bpb[2]
+    assert bpb[2] < 0.8 * bpb[0]
+
+
+def test_every_step_is_logged_once_with_its_schedule(undisturbed: Workspace) -> None:
+    rows = [row for row in results(undisturbed) if "train/loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["train/tokens"] for row in rows] == [16 * 32 * step for step in range(1, 13)]
+
+
+def test_the_report_section_tells_what_was_trained(undisturbed: Workspace) -> None:
+    section = json.loads((undisturbed.report / "sections" / "base.json").read_text())
+    assert section["figures"]["Steps"] == 12
+    assert section["summary"]["Bits per byte"] < section["figures"]["Bits per byte of a byte-unigram model"]
+    assert all((undisturbed.report / plot["file"]).stat().st_size > 1000 for plot in section["plots"])
+    assert len(section["samples"]) >= 3
+
+
+def test_a_checkpoint_says_what_made_it(undisturbed: Workspace) -> None:
+    checkpoint = load_checkpoint(undisturbed.checkpoints("base", "tiny"), 12, "")
+    assert checkpoint.config["identity"]["model"]["n_layer"] == 2
+    assert checkpoint.config["environment"]["packages"]["torch"] == torch.__version__
+    assert checkpoint.config["identity"]["tokenizer"]
+    assert checkpoint.config["identity"]["data"]
+    assert len(checkpoint.state["loader"]["lanes"]) == 12
+
+
+def train_until_stopped(workspace: Workspace, step: int, config: TrainBaseConfig = CONFIG) -> None:
+    """Train in this process and send it a stop signal in the middle of the given step."""
+    calls = 0
+    forward = GPT.forward
+
+    def counting(self: GPT, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        nonlocal calls
+        if targets is not None:
+            calls += 1
+            if calls == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, tokens, targets)
+
+    GPT.forward = counting  # type: ignore[method-assign]
+    try:
+        with pytest.raises(StoppedForRequeueError, match=f"step {step} of 12 on SIGTERM"):
+            train_base(config, RUN, workspace, CPU)
+    finally:
+        GPT.forward = forward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 8])
+def test_a_stopped_run_carries_on_as_if_nothing_had_happened(
+    step: int, prepared_workspace: Workspace, undisturbed: Workspace
+) -> None:
+    train_until_stopped(prepared_workspace, step)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train_base(CONFIG, RUN, prepared_workspace, CPU)
+    assert weights_digest(prepared_workspace) == weights_digest(undisturbed)
+    assert results(prepared_workspace) == results(undisturbed)
+
+
+TRAINER = """
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[2]]
+import torch
+from test_training_base import CONFIG, CPU, RUN
+from nanochat.training.base import train_base
+from nanochat.workspace import Workspace
+torch.set_num_threads(1)
+train_base(CONFIG, RUN, Workspace(Path(sys.argv[1])), CPU)
+"""
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights_and_metrics(
+    prepared_workspace: Workspace, undisturbed: Workspace
+) -> None:
+    chance = random.Random(0)
+    metrics = metrics_path(prepared_workspace, RUN, "tiny")
+    here = str(Path(__file__).parent)
+    paths = os.pathsep.join([here, str(Path(here).parent)])
+    command = [sys.executable, "-c", TRAINER, str(prepared_workspace.root), here]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    for _ in range(4):
+        seen = metrics.stat().st_size if metrics.exists() else 0
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        # Wait until it is under way, so that the kill lands among steps, saves and evaluations.
+        while process.poll() is None and (metrics.stat().st_size if metrics.exists() else 0) <= seen:
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.15)
+        process.kill()
+        process.wait()
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert weights_digest(prepared_workspace) == weights_digest(undisturbed)
+    assert results(prepared_workspace) == results(undisturbed)
+
+
+def train_on_ranks(root: str, config: TrainBaseConfig) -> list[float]:
+    """One rank's part of a run; returns the losses that rank 0 logged."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    workspace = Workspace(Path(root))
+    train_base(config, RUN, workspace, Runtime(torch.device("cpu"), torch.float32, rank, world_size))
+    return [row["train/loss"] for row in results(workspace) if "train/loss" in row]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_ranks_train_as_one(world_size: int, prepared_workspace: Workspace, undisturbed: Workspace) -> None:
+    losses = run_distributed(train_on_ranks, world_size, str(prepared_workspace.root), CONFIG, timeout_s=200)[0]
+    expected = [row["train/loss"] for row in results(undisturbed) if "train/loss" in row]
+    assert losses == pytest.approx(expected, rel=ROUNDING)
+    # The first step has seen no optimizer yet, so the batch alone decides its loss.
+    assert losses[0] == pytest.approx(expected[0], rel=1e-6)
+    ours, theirs = (results(workspace)[-1]["val/bpb"] for workspace in (prepared_workspace, undisturbed))
+    assert ours == pytest.approx(theirs, rel=ROUNDING)
+
+
+def test_a_run_stopped_on_one_rank_is_finished_on_two(prepared_workspace: Workspace, undisturbed: Workspace) -> None:
+    train_until_stopped(prepared_workspace, 5)
+    losses = run_distributed(train_on_ranks, 2, str(prepared_workspace.root), CONFIG, timeout_s=200)[0]
+    expected = [row["train/loss"] for row in results(undisturbed) if "train/loss" in row]
+    assert losses == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_accumulation_gives_the_same_run(prepared_workspace: Workspace, undisturbed: Workspace) -> None:
+    train_base(replace(CONFIG, device_batch_size=4), RUN, prepared_workspace, CPU)
+    losses, expected = (
+        [row["train/loss"] for row in results(workspace) if "train/loss" in row]
+        for workspace in (prepared_workspace, undisturbed)
+    )
+    assert losses == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_a_finished_run_trains_no_further(prepared_workspace: Workspace) -> None:
+    train_base(CONFIG, RUN, prepared_workspace, CPU)
+    before = weights_digest(prepared_workspace)
+    outputs = train_base(CONFIG, RUN, prepared_workspace, CPU)
+    assert outputs["steps"] == 12
+    assert weights_digest(prepared_workspace) == before
+
+
+def test_a_checkpoint_is_never_continued_with_other_settings(prepared_workspace: Workspace) -> None:
+    train_base(replace(CONFIG, num_steps=4), RUN, prepared_workspace, CPU)
+    with pytest.raises(UsageError, match=r"seed 42 → 43.*--model-tag"):
+        train_base(replace(CONFIG, num_steps=4, seed=43), RUN, prepared_workspace, CPU)
+
+
+def broken_forward(steps: range) -> Callable[[GPT, torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """The model's forward with a loss that is not a number in the given steps."""
+    calls = 0
+    forward = GPT.forward
+
+    def broken(self: GPT, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        nonlocal calls
+        loss = forward(self, tokens, targets)
+        if targets is not None:
+            calls += 1
+            return loss * float("nan") if calls in steps else loss
+        return loss
+
+    return broken
+
+
+def test_a_step_without_a_finite_loss_changes_no_weight(
+    prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GPT, "forward", broken_forward(range(4, 5)))
+    train_base(CONFIG, RUN, prepared_workspace, CPU)
+    rows = {row["step"]: row for row in results(prepared_workspace) if "train/loss" in row}
+    assert rows[3]["train/skipped_steps"] == 0
+    assert rows[4]["train/skipped_steps"] == rows[12]["train/skipped_steps"] == 1
+    assert rows[12]["train/loss"] < rows[1]["train/loss"]
+
+
+def test_a_run_that_diverged_stops_and_says_so(prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GPT, "forward", broken_forward(range(2, 1000)))
+    with pytest.raises(NanochatError, match="base diverged"):
+        train_base(CONFIG, RUN, prepared_workspace, CPU)
+
+
+def test_a_stage_that_took_no_step_is_an_error(prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GPT, "forward", broken_forward(range(1, 1000)))
+    with pytest.raises(NanochatError, match="took no optimizer step"):
+        train_base(replace(CONFIG, num_steps=5), RUN, prepared_workspace, CPU)
+
+
+def test_two_models_of_one_run_keep_their_metrics_apart(prepared_workspace: Workspace) -> None:
+    first = train_base(CONFIG, RUN, prepared_workspace, CPU)
+    other = train_base(replace(CONFIG, model_tag="other", depth=3), RUN, prepared_workspace, CPU)
+    again = train_base(CONFIG, RUN, prepared_workspace, CPU)
+    assert again["val/bpb"] == first["val/bpb"] != other["val/bpb"]
+
+
+def test_a_run_that_starts_anew_forgets_the_metrics_of_the_one_before(prepared_workspace: Workspace) -> None:
+    train_base(CONFIG, RUN, prepared_workspace, CPU)
+    shutil.rmtree(prepared_workspace.checkpoints("base", "tiny"))
+    train_base(replace(CONFIG, seed=7), RUN, prepared_workspace, CPU)
+    rows = results(prepared_workspace)
+    assert [row["step"] for row in rows if "val/bpb" in row] == [0, 6, 12]
+    assert len([row for row in rows if "train/loss" in row]) == 12
+
+
+def test_a_run_does_not_pass_off_anothers_model_as_its_own(prepared_workspace: Workspace) -> None:
+    train_base(replace(CONFIG, num_steps=2), RUN, prepared_workspace, CPU)
+    with pytest.raises(UsageError, match="belongs to the run 'test-run'"):
+        train_base(replace(CONFIG, num_steps=2), "another", prepared_workspace, CPU)
+
+
+def test_a_changed_byte_of_the_tokens_is_found_before_the_first_step(prepared_workspace: Workspace) -> None:
+    path = prepared_workspace.tokens / "train_00000.tokens.npy"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train_00000\.tokens\.npy.*nanochat data tokenize"):
+        train_base(CONFIG, RUN, prepared_workspace, CPU)
+
+
+def test_tokens_of_another_tokenizer_are_refused(prepared_workspace: Workspace) -> None:
+    train_tokenizer(["another text, " * 500], vocab_size=270, max_chars=10**5).save(prepared_workspace.tokenizer)
+    with pytest.raises(DataError, match=r"was made with tokenizer.*nanochat data tokenize"):
+        train_base(CONFIG, RUN, prepared_workspace, CPU)
+
+
+def test_metrics_that_cannot_be_written_cost_rows_and_not_the_run(
+    prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = MetricsLog.log
+
+    def full_disk(self: MetricsLog, step: int, values: dict[str, float]) -> None:
+        if step == 5:
+            raise OSError(28, "No space left on device")
+        log(self, step, values)
+
+    monkeypatch.setattr(MetricsLog, "log", full_disk)
+    train_base(CONFIG, RUN, prepared_workspace, CPU)
+    assert "metrics of step 5 could not be written" in capsys.readouterr().err
+    assert [row["step"] for row in results(prepared_workspace) if "train/loss" in row] == [1, 2, 3, 4, *range(6, 13)]
+
+
+def test_a_save_that_fails_in_mid_run_is_a_warning_and_the_next_one_is_tried(
+    prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(prepared_workspace.root)
+    calls = 0
+
+    def full_at_first(path: Path) -> Any:
+        nonlocal calls
+        calls += 1
+        return usage._replace(free=0) if calls == 1 else usage
+
+    monkeypatch.setattr(shutil, "disk_usage", full_at_first)
+    train_base(CONFIG, RUN, prepared_workspace, CPU)
+    assert "checkpoint of step 4 could not be written" in capsys.readouterr().err
+    assert list_steps(prepared_workspace.checkpoints("base", "tiny")) == [8, 12]
+
+
+def test_the_last_save_must_succeed(prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(prepared_workspace.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(CheckpointNotSavedError, match="checkpoint of step 12"):
+        train_base(CONFIG, RUN, prepared_workspace, CPU)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"compile": "on", "num_steps": 3}, marks=needs_compiler),
+        {"remainders": "drop"},
+        {"variant": "classic"},
+    ],
+)
+def test_the_other_ways_to_train_learn_as_well(change: dict[str, Any], prepared_workspace: Workspace) -> None:
+    train_base(replace(CONFIG, **change), RUN, prepared_workspace, CPU)
+    losses = [row["train/loss"] for row in results(prepared_workspace) if "train/loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_bfloat16_learns_and_keeps_float32_weights(prepared_workspace: Workspace) -> None:
+    train_base(CONFIG, RUN, prepared_workspace, Runtime(torch.device("cpu"), torch.bfloat16))
+    losses = [row["train/loss"] for row in results(prepared_workspace) if "train/loss" in row]
+    assert losses[-1] < 0.7 * losses[0]
+    checkpoint = load_checkpoint(prepared_workspace.checkpoints("base", "tiny"), 12, "")
+    assert {weight.dtype for weight in checkpoint.model.values()} == {torch.float32}
+
+
+def test_two_processes_never_write_one_model(prepared_workspace: Workspace) -> None:
+    lock = lock_folder(prepared_workspace.checkpoints("base", "tiny"), "the model")
+    with lock, pytest.raises(UsageError, match="is being written by another process"):
+        train_base(CONFIG, RUN, prepared_workspace, CPU)
+    train_base(replace(CONFIG, num_steps=1), RUN, prepared_workspace, CPU)
