@@ -1,0 +1,357 @@
+"""The stages of a run: what is done, what is stale, what to run next.
+
+Each stage leaves a record under `runs/<run>/stages/`: a fingerprint of what it read and how it was configured, and
+what it made. A stage is done when its record matches what would go in today and what it made is still there; then it
+is skipped. Otherwise it runs, and as every stage carries on from its own partial work, the same command is right
+after a crash, a time limit or a preemption.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat.config import ALL_STAGES, StageName, TokenizerConfig, TrainBaseConfig
+from nanochat.corpus.builtin import build_builtin_corpus
+from nanochat.corpus.local import build_local_corpus, find_text_files
+from nanochat.corpus.shards import open_corpus, read_texts
+from nanochat.errors import DataError, UsageError
+from nanochat.files import MANIFEST_NAME, fingerprint, read_json, read_manifest, verify_files, write_json
+from nanochat.loader.token_shards import TOKENS_SUFFIX
+from nanochat.loader.tokenize import tokenize_corpus
+from nanochat.runtime import Runtime, barrier, from_main, run_on_main
+from nanochat.tokenizer.evaluate import SAMPLES, as_json, evaluate_tokenizer
+from nanochat.tokenizer.train import train_tokenizer
+from nanochat.tracking.console import Console, format_bytes, format_count, format_seconds
+from nanochat.tracking.environment import describe_environment
+from nanochat.tracking.report import ReportStage, Section, render_report, write_section
+from nanochat.training.base import FREE_FIELDS, train_base
+from nanochat.training.checkpoint import KIND as CHECKPOINT_KIND
+from nanochat.training.checkpoint import checkpoint_folder
+from nanochat.workspace import Workspace, check_run_name
+
+FIX_CORPUS = "nanochat data builtin, or: nanochat data local FOLDER; for shards already there: nanochat data adopt"
+
+# Of each split, for the table of bytes per token: enough for three digits, little enough to take no time.
+SAMPLE_CHARACTERS = 500_000
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run.
+
+    Attributes:
+        run: its name.
+        data: `builtin`, `existing` (what is in base_data already), or a folder of text.
+        tokenizer: how the tokenizer is trained.
+        base: how the base model is trained.
+        workers: processes that tokenise; None for one per core.
+    """
+
+    run: str
+    data: str
+    tokenizer: TokenizerConfig
+    base: TrainBaseConfig
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class PipelineStage:
+    """One stage.
+
+    Attributes:
+        name: its name on the command line and in records.
+        inputs: what decides its result, JSON-able: configuration and fingerprints.
+        run: do it, and return its outputs, JSON-able. Only `base` runs on every rank.
+        intact: whether outputs as recorded are still there.
+        on_all_ranks: whether every rank takes part.
+        always: run it every time, as it is cheap and must not be older than what it reads.
+    """
+
+    name: StageName
+    inputs: Callable[[], dict[str, Any]]
+    run: Callable[[], dict[str, Any]]
+    intact: Callable[[dict[str, Any]], bool]
+    on_all_ranks: bool = False
+    always: bool = False
+
+
+def record_path(workspace: Workspace, run: str, stage: str) -> Path:
+    """Where a stage's record is."""
+    return workspace.run(run) / "stages" / f"{stage}.json"
+
+
+def run_pipeline(
+    config: RunConfig, workspace: Workspace, runtime: Runtime, stages: tuple[StageName, ...] = ALL_STAGES
+) -> None:
+    """Run the chosen stages in order, skipping those that are done.
+
+    Raises:
+        NanochatError: a stage failed; those before it keep their results.
+    """
+    check_run_name(config.run)
+    console = Console(enabled=runtime.is_main)
+    chosen = [stage for stage in build_stages(config, workspace, runtime) if stage.name in stages]
+    if not chosen:
+        raise UsageError("no stage was chosen", f"choose from {', '.join(ALL_STAGES)}")
+    for index, stage in enumerate(chosen, start=1):
+        with console.stage(index, len(chosen), stage.name):
+            _run_stage(stage, record_path(workspace, config.run, stage.name), runtime, console)
+
+
+def _run_stage(stage: PipelineStage, record_file: Path, runtime: Runtime, console: Console) -> None:
+    """Run one stage unless it is done, and record it."""
+    # Looked up on rank 0 alone: if that fails there, run_on_main ends the others too.
+    inputs = run_on_main(lambda: fingerprint(stage.inputs()))
+    reason: str | None = from_main(run_on_main(lambda: _why_to_run(stage, record_file, inputs)))
+    if reason is None:
+        console.info("already done")
+        return
+    if reason:
+        console.info(reason)
+    started = time.time()
+    outputs = stage.run() if stage.on_all_ranks else run_on_main(stage.run)
+    if runtime.is_main:
+        write_json(
+            record_file,
+            {
+                "stage": stage.name,
+                "inputs": inputs,
+                "outputs": outputs,
+                "started": started,
+                "seconds": time.time() - started,
+            },
+        )
+    barrier()
+
+
+def _why_to_run(stage: PipelineStage, record_file: Path, inputs: str | None) -> str | None:
+    """None if the stage is done; otherwise why it runs, empty if it simply never has."""
+    if stage.always or not record_file.exists():
+        return ""
+    try:
+        record = read_json(record_file)
+        if record["inputs"] != inputs:
+            return "its inputs or settings changed since it last ran"
+        if not stage.intact(record["outputs"]):
+            return "what it made has gone or was replaced"
+    except (DataError, KeyError, TypeError, OSError):
+        return "the record of its last run, or what it made, is damaged"
+    return None
+
+
+def manifest_fingerprint(folder: Path, kind: str, fix: str) -> str:
+    """What a folder holds, in one word; an error names the command that makes it."""
+    value: str = read_manifest(folder, kind, fix)["fingerprint"]
+    return value
+
+
+def is_intact(folder: Path, kind: str, expected: str) -> bool:
+    """Whether a folder is still the one that was made, with every file there at its full size."""
+    if not (folder / MANIFEST_NAME).exists():
+        return False
+    manifest = read_manifest(folder, kind, "")
+    verify_files(folder, manifest["files"], "", checksums=False)
+    return bool(manifest["fingerprint"] == expected)
+
+
+def build_stages(config: RunConfig, workspace: Workspace, runtime: Runtime) -> list[PipelineStage]:
+    """All stages of a run, first to last."""
+
+    def made(folder: Path, kind: str) -> Callable[[dict[str, Any]], bool]:
+        return lambda outputs: is_intact(folder, kind, outputs["fingerprint"])
+
+    def corpus() -> str:
+        return manifest_fingerprint(workspace.base_data, "corpus", FIX_CORPUS)
+
+    def tokenizer() -> str:
+        return manifest_fingerprint(workspace.tokenizer, "tokenizer", "nanochat tokenizer train")
+
+    def tokens() -> str:
+        return manifest_fingerprint(workspace.tokens, "tokens", "nanochat data tokenize")
+
+    return [
+        PipelineStage(
+            "corpus",
+            inputs=lambda: corpus_inputs(config.data),
+            run=lambda: corpus_stage(config, workspace),
+            intact=made(workspace.base_data, "corpus"),
+        ),
+        PipelineStage(
+            "tokenizer",
+            inputs=lambda: {
+                "corpus": corpus(),
+                **dataclasses.asdict(config.tokenizer),
+            },
+            run=lambda: tokenizer_stage(config.tokenizer, workspace),
+            intact=made(workspace.tokenizer, "tokenizer"),
+        ),
+        PipelineStage(
+            "tokenize",
+            inputs=lambda: {"corpus": corpus(), "tokenizer": tokenizer()},
+            run=lambda: tokenize_stage(workspace, config.workers),
+            intact=made(workspace.tokens, "tokens"),
+        ),
+        PipelineStage(
+            "base",
+            inputs=lambda: {
+                "tokens": tokens(),
+                **{name: value for name, value in dataclasses.asdict(config.base).items() if name not in FREE_FIELDS},
+            },
+            run=lambda: train_base(config.base, config.run, workspace, runtime),
+            intact=lambda outputs: is_intact(
+                checkpoint_folder(workspace.root / outputs["checkpoints"], outputs["steps"]),
+                CHECKPOINT_KIND,
+                outputs["fingerprint"],
+            ),
+            on_all_ranks=True,
+        ),
+        PipelineStage(
+            "report",
+            inputs=dict,
+            run=lambda: report_stage(config, workspace),
+            intact=lambda outputs: True,
+            always=True,
+        ),
+    ]
+
+
+def corpus_inputs(data: str) -> dict[str, Any]:
+    """What decides the corpus: its source and, of a folder, which files lie there, how large and how new."""
+    if data in ("builtin", "existing"):
+        return {"data": data}
+    folder = Path(data).resolve()
+    stats = [(path.relative_to(folder), path.stat()) for path in find_text_files(folder)[0]]
+    return {"data": str(folder), "files": [[str(name), stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
+
+
+def corpus_stage(config: RunConfig, workspace: Workspace) -> dict[str, Any]:
+    """Make or open the corpus."""
+    started = time.time()
+    if config.data == "builtin":
+        build_builtin_corpus(workspace.base_data)
+    elif config.data != "existing":
+        build_local_corpus(Path(config.data), workspace.base_data)
+    corpus = open_corpus(workspace.base_data, FIX_CORPUS)
+    text_bytes = sum(totals["text_bytes"] for totals in corpus.manifest["totals"].values())
+    _report(
+        workspace,
+        "corpus",
+        Section(
+            title="Corpus",
+            figures={
+                "Source": str(corpus.manifest["source"].get("name", "unknown")),
+                "Training documents": corpus.train_rows,
+                "Validation documents": corpus.val_rows,
+                "Text": format_bytes(text_bytes),
+                "Shards": len(corpus.train_shards) + len(corpus.val_shards),
+                "Fingerprint": corpus.fingerprint,
+            },
+            config={"source": corpus.manifest["source"]},
+            seconds=time.time() - started,
+        ),
+    )
+    return {"fingerprint": corpus.fingerprint}
+
+
+def tokenizer_stage(config: TokenizerConfig, workspace: Workspace) -> dict[str, Any]:
+    """Train the tokenizer on the training shards and measure it."""
+    started = time.time()
+    corpus = open_corpus(workspace.base_data, FIX_CORPUS)
+    tokenizer = train_tokenizer(
+        read_texts(workspace.base_data, "train", FIX_CORPUS),
+        vocab_size=config.vocab_size,
+        digit_group=config.digit_group,
+        max_chars=config.max_chars,
+        doc_cap=config.doc_cap,
+        corpus_fingerprint=corpus.fingerprint,
+    )
+    tokenizer.save(workspace.tokenizer)
+    trained_seconds = time.time() - started
+    rows = evaluate_tokenizer(tokenizer, {**SAMPLES, **corpus_samples(workspace)})
+    _report(
+        workspace,
+        "tokenizer",
+        Section(
+            title="Tokenizer",
+            figures={
+                "Vocabulary": tokenizer.vocab_size,
+                "Digits per token, at most": config.digit_group,
+                **{
+                    f"Bytes per token, {row.sample}": round(value, 3)
+                    for row in rows
+                    for name, value in list(row.bytes_per_token.items())[:1]
+                    if value is not None
+                },
+                "Fingerprint": tokenizer.fingerprint,
+            },
+            config={**dataclasses.asdict(config), "bytes_per_token": as_json(rows)},
+            seconds=trained_seconds,
+        ),
+    )
+    return {"fingerprint": read_manifest(workspace.tokenizer, "tokenizer", "")["fingerprint"]}
+
+
+def corpus_samples(workspace: Workspace) -> dict[str, str]:
+    """Text of both splits, to measure a tokenizer on."""
+    samples: dict[str, str] = {}
+    for split in ("train", "val"):
+        collected, length = [], 0
+        for text in read_texts(workspace.base_data, split, FIX_CORPUS):
+            collected.append(text)
+            length += len(text)
+            if length >= SAMPLE_CHARACTERS:
+                break
+        samples[f"corpus ({split})"] = "\n\n".join(collected)
+    return samples
+
+
+def tokenize_stage(workspace: Workspace, workers: int | None) -> dict[str, Any]:
+    """Turn the corpus into token shards."""
+    started = time.time()
+    console = Console()
+    corpus = open_corpus(workspace.base_data, FIX_CORPUS)
+    with console.progress("tokenising", len(corpus.manifest["files"])) as bar:
+        manifest = tokenize_corpus(
+            workspace.base_data,
+            workspace.tokenizer,
+            workspace.tokens,
+            workers=workers,
+            progress=lambda done: bar.advance(1, tokens=format_count(done.tokens_done)),
+        )
+    entries = [entry for entry in manifest["files"] if entry["name"].endswith(TOKENS_SUFFIX)]
+    tokens = {split: sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val")}
+    _report(
+        workspace,
+        "tokenize",
+        Section(
+            title="Tokens",
+            figures={
+                "Training tokens": tokens["train"],
+                "Validation tokens": tokens["val"],
+                "Fingerprint": manifest["fingerprint"],
+            },
+            seconds=time.time() - started,
+        ),
+    )
+    console.info(f"{format_count(tokens['train'])} training and {format_count(tokens['val'])} validation tokens")
+    return {"fingerprint": manifest["fingerprint"]}
+
+
+def report_stage(config: RunConfig, workspace: Workspace) -> dict[str, Any]:
+    """Render the report from what the stages stored."""
+    path = render_report(workspace.report, config.run)
+    seconds = sum(
+        read_json(record_path(workspace, config.run, stage))["seconds"]
+        for stage in ALL_STAGES
+        if record_path(workspace, config.run, stage).exists()
+    )
+    Console().info(f"{path}  (all stages: {format_seconds(seconds)})")
+    return {"report": str(path.relative_to(workspace.root))}
+
+
+def _report(workspace: Workspace, stage: ReportStage, section: Section) -> None:
+    """Store a section together with the machine it was made on."""
+    write_section(workspace.report, stage, dataclasses.replace(section, environment=describe_environment()))

@@ -1,0 +1,115 @@
+"""Files appear whole or not at all, and manifests catch every change."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.errors import DataError
+from nanochat.files import (
+    file_entry,
+    fingerprint,
+    read_json,
+    read_manifest,
+    remove_stale_temporaries,
+    verify_files,
+    whole_file,
+    write_json,
+    write_manifest,
+    write_text,
+)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def write_half_of(path: Path) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError("the disk is full")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_leftover(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        write_half_of(path)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.json"
+    writer = (
+        "import sys; from pathlib import Path; from nanochat.files import write_json\n"
+        "for number in range(10**9): write_json(Path(sys.argv[1]), [number] * 20000)"
+    )
+    for delay in (0.0, 0.013, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", writer, str(path)])
+        deadline = time.monotonic() + 30
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        numbers = json.loads(path.read_text())
+        assert numbers == numbers[:1] * 20000
+    remove_stale_temporaries(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["numbers.json"]
+
+
+@given(json_values)
+def test_a_fingerprint_survives_a_trip_through_json_text(value: object) -> None:
+    assert fingerprint(value) == fingerprint(json.loads(json.dumps(value)))
+
+
+def test_a_fingerprint_changes_with_the_value() -> None:
+    values = [0, 1, "1", [1], {"1": 1}, {"1": 2}, None, [], {}]
+    assert len({fingerprint(value) for value in values}) == len(values)
+
+
+def test_json_that_no_other_reader_would_accept_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "bad.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_json_is_reported_with_its_name_and_the_fix(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text('{"kind": "cor')
+    with pytest.raises(DataError, match=r"manifest\.json is damaged.*make it again"):
+        read_json(path, "make it again")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped bit"])
+def test_every_damage_to_a_file_is_found(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "data.bin"
+    path.write_bytes(bytes(range(256)) * 64)
+    write_manifest(tmp_path, "test", [file_entry(path)])
+    files = read_manifest(tmp_path, "test", "fix it")["files"]
+    verify_files(tmp_path, files, "fix it")
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[:-1])
+    else:
+        content[1000] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"data\.bin.*fix it"):
+        verify_files(tmp_path, files, "fix it")
+
+
+def test_a_folder_of_another_kind_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    write_manifest(tmp_path, "corpus", [])
+    with pytest.raises(DataError, match="does not describe a folder of kind 'tokens'"):
+        read_manifest(tmp_path, "tokens", "fix it")

@@ -1,0 +1,239 @@
+"""The whole pipeline at toy size: it does what is missing, only that, and a kill anywhere changes nothing."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat.config import ALL_STAGES
+from texts import small_texts
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+FLAGS = [
+    "speedrun",
+    "--run",
+    "toy",
+    "--vocab-size",
+    "320",
+    "--depth",
+    "2",
+    "--aspect-ratio",
+    "16",
+    "--head-dim",
+    "16",
+    "--sequence-len",
+    "32",
+    "--lanes",
+    "4",
+    "--pool-size",
+    "8",
+    "--num-steps",
+    "12",
+    "--total-batch-size",
+    "512",
+    "--device-batch-size",
+    "16",
+    "--no-scale-hyperparameters",
+    "--weight-decay",
+    "0",
+    "--eval-every",
+    "6",
+    "--eval-tokens",
+    "1024",
+    "--save-every",
+    "3",
+    "--log-every",
+    "1",
+    "--workers",
+    "1",
+    "--dtype",
+    "float32",
+]
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    lines = [json.dumps({"text": text}) for text in small_texts()]
+    (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def final_state(workspace: Path) -> dict[str, Any]:
+    """Everything a run leaves that no clock decides."""
+    digests = {
+        str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for pattern in (
+            "base_data/*.parquet",
+            "tokenizer/*[!n].json",
+            "tokenizer/*.tiktoken",
+            "tokens/*.npy",
+            "base_checkpoints/*/*/*.safetensors",
+        )
+        for path in sorted(workspace.glob(pattern))
+    }
+    metrics = [json.loads(line) for line in (workspace / "runs/toy/base/d2/metrics.jsonl").read_text().splitlines()]
+    results = [
+        {key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in metrics
+    ]
+    return {"files": digests, "metrics": results}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
+    """The workspace of an undisturbed run."""
+    workspace = tmp_path_factory.mktemp("finished")
+    result = subprocess.run(
+        [sys.executable, "-m", "nanochat", *FLAGS, "--data", str(text_folder)],
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(workspace)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return workspace
+
+
+def test_a_run_ends_with_a_report_of_every_stage(finished: Path) -> None:
+    report = (finished / "report/report.md").read_text()
+    for words in ("Corpus", "Tokenizer", "Tokens", "Base model", "base_loss.png", "Bits per byte", "torch"):
+        assert words in report
+    section = json.loads((finished / "report/sections/base.json").read_text())
+    assert section["summary"]["Bits per byte"] < section["figures"]["Bits per byte of a byte-unigram model"]
+
+
+def test_a_run_leaves_an_offline_wandb_run(finished: Path) -> None:
+    assert list((finished / "wandb").glob("wandb/offline-run-*/run-toy-base.wandb"))
+
+
+def test_a_second_run_does_nothing_twice(finished: Path, run_command: Run, text_folder: Path) -> None:
+    before = final_state(finished)
+    result = run_command(*FLAGS, "--data", str(text_folder), workspace=finished)
+    assert result.returncode == 0
+    assert result.stdout.count("already done") == len(ALL_STAGES) - 1
+    assert final_state(finished) == before
+
+
+def test_a_changed_setting_redoes_its_stage_and_what_depends_on_it(
+    finished: Path, run_command: Run, text_folder: Path, tmp_path: Path
+) -> None:
+    workspace = Path(shutil.copytree(finished, tmp_path / "copy"))
+    flags = ["288" if flag == "320" else flag for flag in FLAGS]
+    result = run_command(*flags, "--data", str(text_folder), "--model-tag", "other", workspace=workspace)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("already done") == 1
+    assert result.stdout.count("changed since it last ran") == 3
+    assert json.loads((workspace / "tokenizer/config.json").read_text())["vocab_size"] == 288
+
+
+@pytest.mark.parametrize("lost", ["tokens", "tokens/train_00000.tokens.npy", "tokenizer/ranks.tiktoken"])
+def test_a_lost_product_is_made_again(
+    lost: str, finished: Path, run_command: Run, text_folder: Path, tmp_path: Path
+) -> None:
+    workspace = Path(shutil.copytree(finished, tmp_path / "copy"))
+    if lost == "tokens":
+        shutil.rmtree(workspace / "tokens")
+    else:
+        (workspace / lost).unlink()
+    result = run_command(*FLAGS, "--data", str(text_folder), workspace=workspace)
+    assert result.returncode == 0, result.stderr
+    assert "what it made" in result.stdout
+    assert final_state(workspace) == final_state(finished)
+
+
+@pytest.mark.parametrize("stage", ["corpus", "tokenizer", "tokenize", "base", "report"])
+def test_a_run_killed_in_any_stage_ends_as_if_undisturbed(
+    stage: str, finished: Path, run_command: Run, text_folder: Path, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "workspace"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "nanochat", *FLAGS, "--data", str(text_folder)],
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(workspace)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    awaited = "step 5/12" if stage == "base" else f"] {stage} …"
+    for line in process.stdout:
+        if awaited in line:
+            break
+    time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    result = run_command(*FLAGS, "--data", str(text_folder), workspace=workspace)
+    assert result.returncode == 0, result.stderr
+    assert final_state(workspace) == final_state(finished)
+
+
+def test_a_stop_signal_ends_with_the_code_for_requeue(run_command: Run, text_folder: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    flags = ["2000" if flag == "12" else flag for flag in FLAGS]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "nanochat", *flags, "--data", str(text_folder)],
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(workspace)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 5/2000" in line:
+            process.send_signal(signal.SIGUSR1)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "stopped at step" in errors
+    assert "the same command carries on" in errors
+
+
+def test_two_ranks_see_the_same_batches_and_end_at_the_same_loss(
+    finished: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "workspace"
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *("-m", "nanochat", "--", *FLAGS, "--data", str(text_folder)),
+        ],
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(workspace)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    one, two = (
+        [row["train/loss"] for row in final_state(folder)["metrics"] if "train/loss" in row]
+        for folder in (finished, workspace)
+    )
+    assert two[0] == pytest.approx(one[0], rel=1e-6)
+    assert two == pytest.approx(one, rel=1e-2)
+
+
+def test_a_folder_of_text_that_changed_is_noticed(
+    finished: Path, run_command: Run, text_folder: Path, tmp_path: Path
+) -> None:
+    workspace = Path(shutil.copytree(finished, tmp_path / "copy"))
+    folder = Path(shutil.copytree(text_folder, tmp_path / "text"))
+    (folder / "more.txt").write_text("One more document. " * 20)
+    result = run_command(*FLAGS, "--data", str(folder), workspace=workspace)
+    assert result.returncode == 2
+    assert f"rm -r {workspace / 'base_data'}" in result.stderr
+
+
+def test_a_base_stage_without_tokens_names_the_command_that_makes_them(run_command: Run) -> None:
+    result = run_command(*FLAGS, "--stages", "base")
+    assert result.returncode == 4
+    assert "nanochat data tokenize" in result.stderr

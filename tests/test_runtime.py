@@ -1,0 +1,158 @@
+"""Device, threads, random state, and what ranks agree on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import nanochat.runtime as runtime_module
+from distributed import RankFailedError, run_distributed
+from nanochat.errors import DataError, StoppedWithMainError, UsageError
+from nanochat.runtime import (
+    choose_compute_dtype,
+    from_main,
+    gather_from_ranks,
+    random_state,
+    restore_random_state,
+    run_on_main,
+    set_cpu_threads,
+    start_runtime,
+    usable_cores,
+)
+from nanochat.training.stopping import StopRequest
+from toolchain import needs_compiler
+
+CPU = torch.device("cpu")
+
+
+def test_a_restored_random_state_draws_the_same_again() -> None:
+    state = random_state(CPU)
+    first = torch.rand(5)
+    torch.rand(100)
+    restore_random_state(state, CPU)
+    assert torch.equal(torch.rand(5), first)
+
+
+def test_an_explicit_dtype_is_taken_and_auto_is_what_the_cpu_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_compute_dtype(CPU, "float32") == torch.float32
+    assert choose_compute_dtype(CPU, "bfloat16") == torch.bfloat16
+    for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(runtime_module, "cpu_has_fast_bfloat16", lambda fast=fast: fast)
+        assert choose_compute_dtype(CPU, "auto") == expected
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="sees no GPU"), start_runtime("cuda"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks", "expected"),
+    [
+        ({}, 1, usable_cores()),
+        ({}, 64, 1),
+        ({"OMP_NUM_THREADS": "3"}, 1, 3),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 1, usable_cores()),
+        ({"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "x"}, 1, 3),
+    ],
+)
+def test_ranks_share_the_usable_cores_unless_told_otherwise(
+    environment: dict[str, str], ranks: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        torch.set_num_threads(3)
+        set_cpu_threads(ranks)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_process_needs_no_group() -> None:
+    assert gather_from_ranks("x") == ["x"]
+    assert from_main("x") == "x"
+    assert run_on_main(lambda: "x") == "x"
+    assert not dist.is_initialized()
+
+
+def slow_work() -> str:
+    time.sleep(1)
+    return "made"
+
+
+def wait_for_main() -> tuple[object, float]:
+    runtime_module.SECONDS_BETWEEN_SIGNS = 0.2
+    started = time.monotonic()
+    result = run_on_main(slow_work)
+    return result, time.monotonic() - started
+
+
+def test_ranks_wait_for_work_of_rank_0_beyond_any_one_signal() -> None:
+    results = run_distributed(wait_for_main, 3)
+    assert [result for result, _ in results] == ["made", None, None]
+    assert all(seconds >= 0.9 for _, seconds in results)
+
+
+def main_fails() -> str:
+    def work() -> None:
+        raise DataError("broken", "mend it")
+
+    try:
+        run_on_main(work)
+    except StoppedWithMainError:
+        return "stopped with main"
+    except DataError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_failure_of_rank_0_ends_the_others_instead_of_leaving_them_waiting() -> None:
+    try:
+        results = run_distributed(main_fails, 3)
+    except RankFailedError as error:
+        pytest.fail(str(error))
+    assert results == ["broken — mend it", "stopped with main", "stopped with main"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_sent_twice_still_leaves_time_to_save(number: signal.Signals) -> None:
+    handler = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.signal_name is None
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert stop.signal_name == number.name
+    assert signal.getsignal(number) == handler
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal_name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+TF32 = """
+import torch
+from nanochat.runtime import allow_tf32
+allow_tf32()
+# What Inductor reads; after a mixture of PyTorch's two ways to set it, reading raises.
+assert torch.get_float32_matmul_precision() == "high"
+torch.compile(lambda a, b: a @ b)(torch.rand(64, 64), torch.rand(64, 64))
+"""
+
+
+@needs_compiler
+def test_tf32_is_set_in_one_way_that_the_compiler_can_read() -> None:
+    subprocess.run([sys.executable, "-c", TF32], check=True)
