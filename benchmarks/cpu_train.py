@@ -1,0 +1,349 @@
+"""Training on a CPU, ours beside karpathy/nanochat: how fast, and how good a model after the same tokens or time.
+
+python benchmarks/cpu_train.py [--peer CHECKOUT] [--minutes 3] [--compile]
+
+Both sides get the same text (the built-in corpus), token ids, shapes, batch and threads. Each keeps its own default
+hyperparameters, schedules, initial weights and data order: equal hyperparameters are not the point, the result is.
+
+- Ours is `nanochat train base`: eager, which is its default on a CPU, and with --compile also compiled.
+- The peer is its own `scripts.base_train`: torch.compile of the model and of the optimizer is always on there, and its
+  scaling rules choose the learning rates. Its default on a CPU is float32; where the CPU has bfloat16 that is tried
+  too, and the faster of the two is compared.
+
+Each mode is first probed for a few steps with an empty compiler cache: that gives its speed and the time until the
+first step is done (`cold`). Then the peer trains for --minutes, with the cache its probe left, and ours, in its default
+mode, three times, each with schedules made for its own number of steps:
+
+- equal tokens: as many steps as the peer;
+- equal training time: as long as the peer's steps took, compilation left out;
+- equal wall clock: as long as the peer took from its start to its last step, start-up and compilation included.
+
+All models are scored on the same validation rows with the same sums. Printed are two tables and, last, one line of
+JSON. The peer warms up over 40 steps whatever the horizon, so give it minutes that hold some hundred.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+import nanochat
+from nanochat.config import ModelConfig
+from nanochat.corpus.builtin import build_builtin_corpus
+from nanochat.corpus.shards import read_texts
+from nanochat.evaluation.bits_per_byte import bits_per_byte
+from nanochat.loader.batches import validation_rows
+from nanochat.loader.token_shards import TokenDataset
+from nanochat.loader.tokenize import tokenize_corpus
+from nanochat.model.gpt import GPT
+from nanochat.runtime import Runtime, cpu_has_fast_bfloat16, usable_cores
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.tokenizer.train import train_tokenizer
+from nanochat.tracking.environment import describe_environment
+from nanochat.tracking.metrics import read, series
+from nanochat.training.base import metrics_path
+from nanochat.training.checkpoint import load_checkpoint
+from nanochat.workspace import Workspace
+
+OUR_SOURCE = Path(nanochat.__file__).parents[1]
+WARM_UP_STEPS = 3
+# Both sides print one line per step: `step 7/300 …loss…`.
+STEP_LINE = re.compile(r"step 0*\d+/\d+ .*loss")
+PEER_STEP_SECONDS = re.compile(r"\| dt: ([\d.]+)ms")
+PEER_SCORE = re.compile(r"Validation bpb: (\S+)")
+
+
+class ProcessFailedError(Exception):
+    """A training process ended with an error; the message is the last line it printed."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What both sides train: the flags of this benchmark that shape the model and its batches."""
+
+    depth: int
+    head_dim: int
+    sequence_len: int
+    window_pattern: str
+    device_batch_size: int
+    total_batch_size: int
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to train."""
+
+    side: str
+    dtype: str
+    compiled: bool
+
+    def __str__(self) -> str:
+        return f"{self.side}, {self.dtype}, {'compiled' if self.compiled else 'eager'}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One finished training.
+
+    Attributes:
+        step_seconds: median over the steps after the warm-up, by the trainer's own clock.
+        start_seconds: from the start of the process to the end of the first step, beyond what a step takes: imports,
+            data, compilation, warm-up.
+        train_seconds: all steps, the first counted as a median one.
+        wall_seconds: from the start of the process to the end of the last step.
+        bits_per_byte: on the validation rows; None for a probe.
+    """
+
+    steps: int
+    step_seconds: float
+    start_seconds: float
+    train_seconds: float
+    wall_seconds: float
+    bits_per_byte: float | None
+
+
+@dataclass
+class Bench:
+    """The folders, settings and data of one run of this benchmark; `peer` is the checkout, if there is one."""
+
+    ours: Workspace
+    peer_base: Path
+    peer: Path | None
+    shape: Shape
+    threads: int
+    rows: np.ndarray = field(init=False)
+    tokenizer: Tokenizer = field(init=False)
+
+    def prepare(self, vocab_size: int, eval_rows: int) -> None:
+        """Make corpus, tokenizer, tokens and validation rows, and hand the peer the same in its own format."""
+        build_builtin_corpus(self.ours.base_data)
+        texts = read_texts(self.ours.base_data, "train", "run the benchmark again")
+        self.tokenizer = train_tokenizer(texts, vocab_size=vocab_size, max_chars=200_000_000)
+        self.tokenizer.save(self.ours.tokenizer)
+        tokenize_corpus(self.ours.base_data, self.ours.tokenizer, self.ours.tokens, workers=self.threads)
+        val = TokenDataset.open(self.ours.tokens, "val")
+        self.rows = validation_rows(val, self.shape.sequence_len, eval_rows)
+
+        data, tokenizer = self.peer_base / "base_data_climbmix", self.peer_base / "tokenizer"
+        data.mkdir(parents=True)
+        tokenizer.mkdir()
+        for shard in self.ours.base_data.glob("shard_*.parquet"):
+            (data / shard.name).symlink_to(shard)
+        encoding = tiktoken.Encoding(
+            "bench",
+            pat_str=self.tokenizer.pattern,
+            mergeable_ranks={token: rank for rank, token in enumerate(self.tokenizer.mergeable_tokens)},
+            special_tokens=self.tokenizer.special_ids,
+        )
+        (tokenizer / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+        torch.save(torch.from_numpy(self.tokenizer.token_bytes()), tokenizer / "token_bytes.pt")
+        np.save(self.peer_base / "rows.npy", self.rows)
+        np.save(self.peer_base / "token_bytes.npy", self.tokenizer.token_bytes())
+
+    def train(self, mode: Mode, steps: int, name: str = "") -> Training:
+        """Train in a process of its own; `name` asks for a score too, without it the training is a probe."""
+        print(f"{mode}: {name or 'probe'}, {steps} steps", file=sys.stderr, flush=True)
+        run = f"{name or 'probe'}-{mode.side}-{mode.dtype}-{mode.compiled}"
+        if mode.side == "ours":
+            command, source, base = self._our_command(mode, steps, run), str(OUR_SOURCE), self.ours.root
+        else:
+            command, source, base = self._peer_command(steps, scored=name != ""), str(self.peer), self.peer_base
+        environment = {
+            "PYTHONPATH": source,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPYCACHEPREFIX": str(self.ours.cache / "python"),  # A checkout may be read-only, and stays as it is.
+            "OMP_NUM_THREADS": str(self.threads),
+            "NANOCHAT_BASE_DIR": str(base),
+            "NANOCHAT_DTYPE": mode.dtype,
+            "TORCHINDUCTOR_CACHE_DIR": str(self.ours.cache / f"{mode.side}-{mode.dtype}"),
+        }
+        output, arrivals = run_timed(command, environment)
+        if mode.side == "ours":
+            durations = series(read(metrics_path(self.ours, run, run)), "time/step_seconds")[1]
+            score = self._score_ours(mode, steps, run) if name else None
+        else:
+            durations = [float(milliseconds) / 1000 for milliseconds in PEER_STEP_SECONDS.findall(output)]
+            score = float(PEER_SCORE.findall(output)[-1]) if name else None
+        if not len(durations) == len(arrivals) == steps:
+            raise RuntimeError(f"{len(durations)} timings and {len(arrivals)} lines of {steps} steps")
+        median = statistics.median(durations[WARM_UP_STEPS:])
+        return Training(
+            steps=steps,
+            step_seconds=median,
+            start_seconds=arrivals[0] - median,
+            train_seconds=sum(durations[1:]) + median,
+            wall_seconds=arrivals[-1],
+            bits_per_byte=score,
+        )
+
+    def _our_command(self, mode: Mode, steps: int, run: str) -> list[str]:
+        flags = {
+            **{name.replace("_", "-"): value for name, value in asdict(self.shape).items()},
+            "run": run,
+            "model-tag": run,
+            "num-steps": steps,
+            "dtype": mode.dtype,
+            "compile": "on" if mode.compiled else "off",
+            "device": "cpu",
+            "wandb": "disabled",
+            "log-every": 1,
+            "eval-every": 0,
+            "save-every": 0,
+            # The checkpoint is scored here, so the trainer's own validation at the end can be short.
+            "eval-tokens": self.shape.sequence_len,
+        }
+        return ["-m", "nanochat", "train", "base", *(f"--{name}={value}" for name, value in flags.items())]
+
+    def _peer_command(self, steps: int, scored: bool) -> list[str]:
+        flags = {
+            "depth": self.shape.depth,
+            "head-dim": self.shape.head_dim,
+            "max-seq-len": self.shape.sequence_len,
+            "window-pattern": self.shape.window_pattern,
+            "device-batch-size": self.shape.device_batch_size,
+            "total-batch-size": self.shape.total_batch_size,
+            "num-iterations": steps,
+            "device-type": "cpu",
+            "eval-every": steps if scored else -1,
+            "core-metric-every": -1,
+            "sample-every": -1,
+        }
+        script = Path(__file__).with_name("cpu_train_peer.py")
+        arguments = (script, self.peer_base, self.shape.device_batch_size)
+        return [*map(str, arguments), *(f"--{name}={value}" for name, value in flags.items())]
+
+    def _score_ours(self, mode: Mode, steps: int, run: str) -> float:
+        checkpoint = load_checkpoint(self.ours.checkpoints("base", run), steps, "run the benchmark again")
+        dtype = torch.bfloat16 if mode.dtype == "bfloat16" else torch.float32
+        model = GPT(ModelConfig(**checkpoint.config["model"]), dtype)
+        model.load_state_dict(checkpoint.model)
+        runtime = Runtime(torch.device("cpu"), dtype)
+        return bits_per_byte(model, self.rows, self.tokenizer.token_bytes(), runtime, self.shape.device_batch_size)
+
+
+def run_timed(command: list[str], environment: dict[str, str]) -> tuple[str, list[float]]:
+    """Run Python to its end; returns what it printed, and when, in seconds, each line of a step came."""
+    began = time.perf_counter()
+    lines, arrivals = [], []
+    with subprocess.Popen(
+        [sys.executable, *command],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout or ():
+            lines.append(line)
+            if STEP_LINE.search(line):
+                arrivals.append(time.perf_counter() - began)
+    if process.returncode != 0:
+        raise ProcessFailedError((lines or ["it printed nothing"])[-1].strip())
+    return "".join(lines), arrivals
+
+
+def steps_in(seconds: float, probe: Training) -> int:
+    return max(WARM_UP_STEPS + 1, round(seconds / probe.step_seconds))
+
+
+def compare(bench: Bench, ours: Mode, our_probe: Training, peer: Mode, steps: int) -> dict[str, Training]:
+    """Train the peer once and ours three times, each with its share of the peer's tokens or time."""
+    theirs = bench.train(peer, steps, "reference")
+    same_wall_seconds = theirs.wall_seconds - our_probe.start_seconds
+    return {
+        "peer": theirs,
+        "equal tokens": bench.train(ours, steps, "equal-tokens"),
+        "equal training time": bench.train(ours, steps_in(theirs.train_seconds, our_probe), "equal-training-time"),
+        "equal wall clock": bench.train(ours, steps_in(same_wall_seconds, our_probe), "equal-wall-clock"),
+    }
+
+
+def why_no_peer(checkout: Path | None) -> str | None:
+    if checkout is None:
+        return "no --peer checkout given"
+    known = (checkout / "scripts" / "base_train.py").is_file()
+    return None if known else f"{checkout} is not a checkout of karpathy/nanochat"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, help="a checkout of karpathy/nanochat, which is not written to")
+    parser.add_argument("--minutes", type=float, default=3.0, help="training time of the peer, and so of ours")
+    parser.add_argument("--compile", action="store_true", help="probe ours with torch.compile too")
+    parser.add_argument("--probe-steps", type=int, default=20, help="steps that measure the speed of a mode")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--sequence-len", type=int, default=256)
+    parser.add_argument("--window-pattern", default="L", help="L is what the peer's own script for CPUs uses")
+    parser.add_argument("--device-batch-size", type=int, default=16, help="rows")
+    parser.add_argument("--total-batch-size", type=int, default=4096, help="tokens per step")
+    parser.add_argument("--eval-rows", type=int, default=256)
+    arguments = parser.parse_args()
+    if arguments.probe_steps <= WARM_UP_STEPS:
+        parser.error(f"--probe-steps must be more than the {WARM_UP_STEPS} that warm up")
+    shape = Shape(**{name: getattr(arguments, name) for name in Shape.__dataclass_fields__})
+    torch.set_num_threads(arguments.threads)
+    dtypes = ("float32", "bfloat16") if cpu_has_fast_bfloat16() else ("float32",)
+    compilations = (False, True) if arguments.compile else (False,)
+    our_modes = [Mode("ours", dtype, compiled) for compiled in compilations for dtype in dtypes]
+    load_before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as name:
+        checkout = arguments.peer and arguments.peer.resolve()
+        bench = Bench(Workspace(Path(name, "ours")), Path(name, "peer"), checkout, shape, arguments.threads)
+        bench.prepare(arguments.vocab_size, arguments.eval_rows)
+        probes = {mode: bench.train(mode, arguments.probe_steps) for mode in our_modes}
+        default = Mode("ours", dtypes[-1], compiled=False)
+        skipped = why_no_peer(bench.peer)
+        trainings = {}
+        if skipped is None:
+            try:
+                peers = [Mode("peer", dtype, compiled=True) for dtype in dtypes]
+                probes |= {mode: bench.train(mode, arguments.probe_steps) for mode in peers}
+                fastest = min(peers, key=lambda mode: probes[mode].step_seconds)
+                steps = steps_in(60 * arguments.minutes, probes[fastest])
+                trainings = compare(bench, default, probes[default], fastest, steps)
+            except ProcessFailedError as error:
+                skipped = f"a training failed: {error}"
+    machine = describe_environment()["cpu"]
+    print(
+        f"\n{machine['model']}, {arguments.threads} threads on {machine['cores']} usable cores, torch"
+        f" {torch.__version__}, load {load_before:.1f} → {os.getloadavg()[0]:.1f}\n{shape}, vocabulary"
+        f" {arguments.vocab_size:,}, {bench.rows.size - len(bench.rows):,} validation tokens\n"
+    )
+    print(f"{'':34}{'tokens/s':>12}{'ms/step':>12}{'start, cold':>14}")
+    for mode, probe in probes.items():
+        rate = shape.total_batch_size / probe.step_seconds
+        print(f"{mode!s:34}{rate:12,.0f}{1000 * probe.step_seconds:12,.0f}{probe.start_seconds:12.1f} s")
+    if trainings:
+        print(f"\nlosses: {default} against {fastest}")
+        print(f"{'':34}{'steps':>12}{'training':>12}{'wall clock':>14}{'bits/byte':>12}")
+    for label, run in trainings.items():
+        clocks = f"{run.train_seconds:10.1f} s{run.wall_seconds:12.1f} s"
+        print(f"{label if label == 'peer' else f'ours, {label}':34}{run.steps:12,}{clocks}{run.bits_per_byte:12.4f}")
+    if skipped is not None:
+        print(f"{'karpathy/nanochat':34}skipped: {skipped}")
+    result = {
+        "probes": {str(mode): asdict(probe) for mode, probe in probes.items()},
+        "trainings": {label: asdict(run) for label, run in trainings.items()},
+        "settings": {**asdict(shape), **{key: getattr(arguments, key) for key in ("vocab_size", "threads", "minutes")}},
+        "machine": {**machine, "torch": torch.__version__, "load": [load_before, os.getloadavg()[0]]},
+        "peer_skipped": skipped,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
