@@ -13,18 +13,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loader_corpora import BOS, Shards, corpora, dataset_of, document_tokens, flat
+from loader_corpora import BOS, Shards, corpora, dataset_of, document_mask, document_tokens, flat
 
 from nanochat.errors import DataError, UsageError
 from nanochat.loader.batches import (
     BatchLoader,
     LoaderConfig,
     LoaderStatistics,
+    MicroBatch,
+    inputs_and_targets,
     merge_states,
     validation_rows,
     write_row,
 )
 from nanochat.loader.order import ShuffledOrder
+from nanochat.loader.packing import Lane, Remainders
 from nanochat.loader.token_shards import TokenDataset
 
 NUM_LANES = 32
@@ -38,19 +41,20 @@ configs = st.builds(
     seed=st.integers(0, 2**63),
     lanes=st.just(NUM_LANES),
     pool_size=st.integers(1, 6),
-    remainders=st.sampled_from(["keep", "drop"]),
+    remainders=st.sampled_from(["keep", "drop", "pad"]),
 )
+mask_seeds = st.none() | st.integers(0, 2**32)
 
 
-def global_steps(
+def global_batches(
     dataset: TokenDataset,
     config: LoaderConfig,
     num_steps: int,
     world_size: int = 1,
     state: dict[str, Any] | None = None,
     micro_batches: int = 1,
-) -> tuple[list[torch.Tensor], dict[str, Any], LoaderStatistics]:
-    """Steps as all ranks together see them (rows of T + 1), the merged state, and the summed statistics."""
+) -> tuple[list[MicroBatch], dict[str, Any], LoaderStatistics]:
+    """Inputs and targets as all ranks together see them, the merged state, and the summed statistics."""
     loaders = [
         BatchLoader(
             dataset,
@@ -65,16 +69,14 @@ def global_steps(
     ]
     steps = []
     for _ in range(num_steps):
-        rows = torch.empty(config.rows_per_batch, config.sequence_len + 1, dtype=torch.int64)
+        batch_2BT = torch.empty(2, config.rows_per_batch, config.sequence_len, dtype=torch.int64)
         for rank, loader in enumerate(loaders):
             step = loader.next_step()
             assert len(step) == micro_batches
-            inputs = torch.cat([inputs for inputs, _ in step])
-            targets = torch.cat([targets for _, targets in step])
-            assert inputs.dtype == targets.dtype == torch.int64
-            assert torch.equal(inputs[:, 1:], targets[:, :-1])
-            rows[rank::world_size] = torch.cat([inputs, targets[:, -1:]], dim=1)
-        steps.append(rows)
+            assert all(array.dtype == torch.int64 for micro_batch in step for array in micro_batch)
+            for array_BT, mine in zip(batch_2BT, zip(*step, strict=True), strict=True):
+                array_BT[rank::world_size] = torch.cat(mine)
+        steps.append((batch_2BT[0], batch_2BT[1]))
     merged = json.loads(json.dumps(merge_states([loader.state_dict() for loader in loaders])))
     statistics = loaders[0].statistics()
     for loader in loaders[1:]:
@@ -82,6 +84,20 @@ def global_steps(
     for loader in loaders:
         loader.close()
     return steps, merged, statistics
+
+
+def global_steps(
+    dataset: TokenDataset,
+    config: LoaderConfig,
+    num_steps: int,
+    world_size: int = 1,
+    state: dict[str, Any] | None = None,
+) -> tuple[list[torch.Tensor], dict[str, Any], LoaderStatistics]:
+    """As `global_batches`, of text that is neither masked nor padded: rows of T + 1."""
+    batches, merged, statistics = global_batches(dataset, config, num_steps, world_size, state)
+    for inputs, targets in batches:
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    return [torch.cat([inputs, targets[:, -1:]], dim=1) for inputs, targets in batches], merged, statistics
 
 
 def deliver(loader: BatchLoader, num_steps: int) -> None:
@@ -96,20 +112,20 @@ def dataset() -> Iterator[TokenDataset]:
         yield opened
 
 
-@given(corpora(NUM_LANES), configs, st.sampled_from(WORLD_SIZES), st.data())
+@given(corpora(NUM_LANES), configs, mask_seeds, st.sampled_from(WORLD_SIZES), st.data())
 @settings(max_examples=20, deadline=None)
 def test_the_global_batch_depends_on_neither_world_size_nor_accumulation(
-    shards: Shards, config: LoaderConfig, world_size: int, data: st.DataObject
+    shards: Shards, config: LoaderConfig, mask_seed: int | None, world_size: int, data: st.DataObject
 ) -> None:
     rows_per_rank = config.rows_per_batch // world_size
     micro_batches = data.draw(st.sampled_from([n for n in range(1, rows_per_rank + 1) if rows_per_rank % n == 0]))
-    with dataset_of(shards) as dataset:
-        alone, state_alone, statistics_alone = global_steps(dataset, config, 3)
-        shared, state_shared, statistics_shared = global_steps(
+    with dataset_of(shards, mask_seed=mask_seed) as dataset:
+        alone, state_alone, statistics_alone = global_batches(dataset, config, 3)
+        shared, state_shared, statistics_shared = global_batches(
             dataset, config, 3, world_size, micro_batches=micro_batches
         )
     for a, b in zip(alone, shared, strict=True):
-        assert torch.equal(a, b)
+        assert all(map(torch.equal, a, b))
     assert state_alone == state_shared
     assert statistics_alone == statistics_shared
 
@@ -117,21 +133,22 @@ def test_the_global_batch_depends_on_neither_world_size_nor_accumulation(
 @given(
     corpora(NUM_LANES),
     configs,
+    mask_seeds,
     st.lists(st.tuples(st.sampled_from(WORLD_SIZES), st.integers(0, 4)), min_size=3, max_size=3),
 )
 @settings(max_examples=20, deadline=None)
 def test_a_run_resumed_on_other_world_sizes_trains_on_the_very_same_rows(
-    shards: Shards, config: LoaderConfig, legs: list[tuple[int, int]]
+    shards: Shards, config: LoaderConfig, mask_seed: int | None, legs: list[tuple[int, int]]
 ) -> None:
-    with dataset_of(shards) as dataset:
-        uninterrupted, final_state, final_statistics = global_steps(dataset, config, sum(steps for _, steps in legs))
-        resumed: list[torch.Tensor] = []
+    with dataset_of(shards, mask_seed=mask_seed) as dataset:
+        uninterrupted, final_state, final_statistics = global_batches(dataset, config, sum(steps for _, steps in legs))
+        resumed: list[MicroBatch] = []
         state = None
         for world_size, num_steps in legs:
-            steps, state, statistics = global_steps(dataset, config, num_steps, world_size, state)
+            steps, state, statistics = global_batches(dataset, config, num_steps, world_size, state)
             resumed += steps
-    assert len(resumed) == len(uninterrupted)
-    assert all(map(torch.equal, resumed, uninterrupted))
+    for a, b in zip(resumed, uninterrupted, strict=True):
+        assert all(map(torch.equal, a, b))
     assert state == final_state
     assert statistics == final_statistics
 
@@ -161,6 +178,76 @@ def test_every_document_is_used_exactly_once_per_epoch_over_all_ranks(
     assert +delivered == +expected
     assert statistics.tokens == num_steps * config.rows_per_batch * config.sequence_len
     assert statistics.cropped == statistics.crop_fraction == 0
+
+
+@given(corpora(NUM_LANES), configs, mask_seeds, st.sampled_from(WORLD_SIZES), st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_rows_are_the_planned_documents_with_targets_only_where_the_next_token_is_trained_on(
+    shards: Shards, config: LoaderConfig, mask_seed: int | None, world_size: int, num_steps: int
+) -> None:
+    lengths = flat(shards)
+    row_size = config.sequence_len + 1
+    with dataset_of(shards, mask_seed=mask_seed) as dataset:
+        batches, _, statistics = global_batches(dataset, config, num_steps, world_size)
+        lanes = [
+            Lane(
+                ShuffledOrder(len(lengths), config.seed, lane, config.lanes),
+                dataset.lengths_of,
+                row_size=row_size,
+                pool_size=config.pool_size,
+                remainders=config.remainders,
+            )
+            for lane in range(config.lanes)
+        ]
+        plans = [lanes[row % config.lanes].next_row() for row in range(num_steps * config.rows_per_batch)]
+    num_padded = 0
+    rows = (pair for batch in batches for pair in zip(*batch, strict=True))
+    for plan, (inputs, targets) in zip(plans, rows, strict=True):
+        row: list[tuple[int, bool]] = []
+        for document, start, stop in plan:
+            length = lengths[document]
+            mask = [1] * length if mask_seed is None else document_mask(document, length, mask_seed)
+            tokens = list(zip(document_tokens(document, length), map(bool, mask), strict=True))
+            row += [(BOS, mask_seed is None)] * (start > 0) + tokens[start:stop]
+        num_padded += row_size - len(row)
+        row += [(BOS, False)] * (row_size - len(row))
+        assert inputs.tolist() == [token for token, _ in row[:-1]]
+        assert targets.tolist() == [token if said else -1 for token, said in row[1:]]
+    assert statistics.padded == num_padded
+    assert statistics.padded_fraction == num_padded / (len(plans) * row_size)
+
+
+@given(
+    corpora(NUM_LANES), configs, st.sampled_from(["keep", "pad"]), st.integers(0, 2**32), st.sampled_from(WORLD_SIZES)
+)
+@settings(max_examples=20, deadline=None)
+def test_every_trained_token_is_a_target_exactly_once_per_epoch_over_all_ranks(
+    shards: Shards, config: LoaderConfig, remainders: Remainders, mask_seed: int, world_size: int
+) -> None:
+    lengths = flat(shards)
+    config = replace(config, remainders=remainders)
+    # What padded rows leave of a document that is longer than one.
+    longest = config.sequence_len + 1 if remainders == "pad" else max(lengths)
+    with dataset_of(shards, mask_seed=mask_seed) as dataset:
+        batches, state, _ = global_batches(dataset, config, 6, world_size)
+
+    def trained(document: int, start: int = 0) -> list[int]:
+        """Without the first token, which is no target at the beginning of a row."""
+        length = lengths[document]
+        pairs = zip(document_tokens(document, length), document_mask(document, length, mask_seed), strict=True)
+        return [token for token, said in list(pairs)[max(start, 1) : longest] if said]
+
+    expected: Counter[int] = Counter()
+    for index, lane in state["lanes"].items():
+        for epoch in range(lane["epoch"] + 1):
+            share = ShuffledOrder(len(lengths), config.seed, int(index), config.lanes).block(epoch, 0).tolist()
+            for document in share if epoch < lane["epoch"] else share[: lane["position"]]:
+                expected.update(trained(document))
+        for document, start, _ in lane["pending"]:
+            expected.subtract(trained(document, start))
+    targets = Counter(token for _, targets in batches for token in targets.flatten().tolist())
+    del targets[-1], targets[BOS]
+    assert targets == +expected
 
 
 def test_epochs_are_counted_over_all_ranks(dataset: TokenDataset) -> None:
@@ -330,13 +417,46 @@ def test_validation_covers_every_document_once_and_only_the_last_row_may_be_miss
             return
         assert np.array_equal(rows, validation_rows(dataset, sequence_len))
         assert np.array_equal(rows[:2], validation_rows(dataset, sequence_len, max_rows=2))
-    assert rows.dtype == np.uint16
+    assert rows.dtype == np.int32
     assert rows.shape[1] == sequence_len + 1
     assert (rows[:, 0] == BOS).all()
     available = Counter(token for d, n in enumerate(lengths) for token in document_tokens(d, n)[1:])
     used = Counter(rows[rows != BOS].tolist())
     assert used <= available
     assert (available - used).total() <= sequence_len
+
+
+@given(corpora(1), st.integers(1, 30), st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_padded_validation_holds_every_document_once_and_whole(
+    shards: Shards, sequence_len: int, mask_seed: int
+) -> None:
+    lengths = flat(shards)
+    with dataset_of(shards, "val", mask_seed) as dataset:
+        rows = validation_rows(dataset, sequence_len, remainders="pad")
+        assert np.array_equal(rows, validation_rows(dataset, sequence_len, remainders="pad"))
+        assert np.array_equal(rows[:2], validation_rows(dataset, sequence_len, max_rows=2, remainders="pad"))
+    tokens = np.where(rows < 0, ~rows, rows)
+    assert (tokens[:, 0] == BOS).all()
+    expected: Counter[tuple[int, ...]] = Counter()
+    num_trained = 0
+    for document, length in enumerate(lengths):
+        expected[tuple(document_tokens(document, length)[1 : sequence_len + 1])] += 1
+        num_trained += sum(document_mask(document, length, mask_seed)[: sequence_len + 1])
+    found: Counter[tuple[int, ...]] = Counter()
+    for row in tokens.tolist():
+        begins = [place for place, token in enumerate(row) if token == BOS]
+        found.update(tuple(row[begin + 1 : end]) for begin, end in zip(begins, [*begins[1:], len(row)], strict=True))
+    # Documents of BOS alone look like padding.
+    del expected[()], found[()]
+    assert found == expected
+    assert (rows >= 0).sum() == num_trained
+
+
+def test_less_than_a_row_of_validation_conversations_is_a_padded_row() -> None:
+    with dataset_of([[5, 6]], "val") as dataset:
+        [row] = validation_rows(dataset, 64, remainders="pad").tolist()
+    assert row == [*document_tokens(0, 5), *document_tokens(1, 6), *[-1 - BOS] * 54]
 
 
 def test_too_little_validation_text_is_refused() -> None:
@@ -349,3 +469,22 @@ def test_a_planned_row_is_copied_token_by_token_with_bos_before_a_tail() -> None
         row = np.zeros(8, dtype=np.int32)
         write_row(dataset, [(0, 0, 4), (1, 3, 6)], row)
     assert row.tolist() == [*document_tokens(0, 4), BOS, *document_tokens(1, 6)[3:]]
+
+
+def test_what_is_not_trained_on_stands_as_its_complement_and_what_is_empty_as_that_of_bos() -> None:
+    masks = [document_mask(0, 4, seed=1), document_mask(1, 6, seed=1)[3:]]
+    assert all(0 < sum(mask) < len(mask) for mask in masks)
+    with dataset_of([[4], [], [6]], mask_seed=1) as dataset:
+        row = np.zeros(10, dtype=np.int32)
+        write_row(dataset, [(0, 0, 4), (1, 3, 6)], row)
+    tokens = [*document_tokens(0, 4), BOS, *document_tokens(1, 6)[3:], BOS, BOS]
+    trained = [*masks[0], 0, *masks[1], 0, 0]
+    assert row.tolist() == [token if said else -1 - token for token, said in zip(tokens, trained, strict=True)]
+
+
+def test_a_row_is_read_whole_and_scored_where_it_is_trained_on() -> None:
+    rows = torch.tensor([[~BOS, 5, ~7, 0, ~0, BOS, ~BOS]], dtype=torch.int32)
+    inputs, targets = inputs_and_targets(rows)
+    assert inputs.tolist() == [[BOS, 5, 7, 0, 0, BOS]]
+    assert targets.tolist() == [[5, -1, 0, -1, BOS, -1]]
+    assert inputs.dtype == targets.dtype == torch.int64

@@ -13,7 +13,7 @@ from nanochat.loader.packing import Lane, LaneState, Piece, Remainders
 documents = st.lists(st.integers(1, 80), min_size=1, max_size=60)
 row_sizes = st.integers(2, 40)
 pool_sizes = st.integers(1, 20)
-remainder_kinds = st.sampled_from(["keep", "drop"])
+remainder_kinds = st.sampled_from(["keep", "drop", "pad"])
 
 
 def lane_of(
@@ -39,7 +39,7 @@ def size_of(piece: Piece) -> int:
     return stop - start + (start > 0)
 
 
-@given(documents, row_sizes, pool_sizes, remainder_kinds, st.integers(1, 60))
+@given(documents, row_sizes, pool_sizes, st.sampled_from(["keep", "drop"]), st.integers(1, 60))
 @settings(max_examples=100, deadline=None)
 def test_every_row_is_full_and_begins_with_bos(
     lengths: list[int], row_size: int, pool_size: int, remainders: Remainders, num_rows: int
@@ -95,12 +95,44 @@ def test_dropped_remainders_are_counted_to_the_token(
     assert max(began.values()) - min((began[d] for d in range(len(lengths))), default=0) <= 1
 
 
+@given(documents, row_sizes, pool_sizes, st.integers(1, 80))
+@settings(max_examples=100, deadline=None)
+def test_padded_rows_hold_whole_documents_and_every_place_left_empty_is_counted(
+    lengths: list[int], row_size: int, pool_size: int, num_rows: int
+) -> None:
+    lane = lane_of(lengths, row_size, pool_size, "pad")
+    rows = [lane.next_row() for _ in range(num_rows)]
+    for row in rows:
+        assert 0 < sum(map(size_of, row)) <= row_size
+        # Only what no row could hold is cropped, and to a whole row.
+        assert all((start, stop) == (0, min(lengths[document], row_size)) for document, start, stop in row)
+    pieces = [piece for row in rows for piece in row]
+    counts = lane.state().counts
+    assert (counts.rows, counts.documents, counts.added_bos) == (num_rows, len(pieces), 0)
+    assert counts.padded == num_rows * row_size - sum(map(size_of, pieces))
+    assert counts.cropped == sum(lengths[document] - stop for document, _, stop in pieces)
+
+
 @given(documents, row_sizes, pool_sizes)
 @settings(max_examples=100, deadline=None)
-def test_an_epoch_is_delivered_whole_before_the_next_one_begins(
+def test_a_row_is_padded_only_where_nothing_that_is_pending_fits(
     lengths: list[int], row_size: int, pool_size: int
 ) -> None:
-    lane = lane_of(lengths, row_size, pool_size)
+    lane = lane_of(lengths, row_size, pool_size, "pad")
+    for _ in range(30):
+        padded_before = lane.state().counts.padded
+        lane.next_row()
+        state = lane.state()
+        padding = state.counts.padded - padded_before
+        assert not padding or (state.pending and all(size > padding for _, _, size in state.pending))
+
+
+@given(documents, row_sizes, pool_sizes, remainder_kinds)
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_is_delivered_whole_before_the_next_one_begins(
+    lengths: list[int], row_size: int, pool_size: int, remainders: Remainders
+) -> None:
+    lane = lane_of(lengths, row_size, pool_size, remainders)
     begun: list[int] = []
     while len(begun) < 3 * len(lengths):
         begun += [document for document, start, _ in lane.next_row() if start == 0]
@@ -172,6 +204,43 @@ def test_a_document_longer_than_a_row_is_cropped_once_when_remainders_are_droppe
     lane = lane_of([20], row_size=8, remainders="drop")
     assert [lane.next_row(), lane.next_row()] == [[(0, 0, 8)], [(0, 0, 8)]]
     assert lane.state().counts.cropped == 24
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "padded"),
+    [
+        # What fits exactly; a place too few, and the next epoch's where there is room for it; much more than a row; a
+        # short one past its longer neighbours.
+        ([5, 3, 8], [[(0, 0, 5), (1, 0, 3)], [(2, 0, 8)]], 0),
+        ([5, 4], [[(0, 0, 5)], [(1, 0, 4), (1, 0, 4)], [(0, 0, 5)]], 6),
+        ([24], [[(0, 0, 8)], [(0, 0, 8)]], 0),
+        ([6, 7, 9, 2], [[(0, 0, 6), (3, 0, 2)], [(1, 0, 7)], [(2, 0, 8)]], 1),
+    ],
+)
+def test_rows_are_padded_as_expected(lengths: list[int], rows: list[list[Piece]], padded: int) -> None:
+    lane = lane_of(lengths, row_size=8, natural=True, remainders="pad")
+    assert [lane.next_row() for _ in rows] == rows
+    assert lane.state().counts.padded == padded
+
+
+@given(documents, row_sizes, pool_sizes, st.integers(0, 60), remainder_kinds)
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_pending_has_been_delivered_after_as_many_rows_as_there_are_pieces(
+    lengths: list[int], row_size: int, pool_size: int, rows_before: int, remainders: Remainders
+) -> None:
+    lane = lane_of(lengths, row_size, pool_size, remainders)
+    for _ in range(rows_before):
+        lane.next_row()
+    waiting = [piece[:2] for piece in lane.state().pending]
+    delivered = [piece[:2] for _ in waiting for piece in lane.next_row()]
+    assert not Counter(waiting) - Counter(delivered)
+
+
+def test_a_document_longer_than_a_row_does_not_clog_the_pool_of_padded_rows() -> None:
+    # Every other fits a row perfectly, and would be preferred for ever.
+    lane = lane_of([*([8] * 5), *([30] * 10), *([8] * 200)], row_size=8, pool_size=10, natural=True, remainders="pad")
+    assert [lane.next_row() for _ in range(20)] == [[(document, 0, 8)] for document in range(20)]
+    assert lane.state().counts.padded == 0
 
 
 def test_no_document_waits_longer_than_the_pool_is_deep() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nanochat.errors import DataError
+from nanochat.loader.batches import inputs_and_targets
 from nanochat.model.gpt import GPT
 from nanochat.runtime import Runtime, sum_over_ranks
 
@@ -29,7 +30,7 @@ def bits_per_byte(
 
     Args:
         model: the model; its mode and gradients are left alone.
-        rows: token ids (N, T + 1).
+        rows: tokens (N, T + 1) as the loader packs them; those that are not trained on are not scored.
         token_bytes: UTF-8 bytes per token id (V,), 0 for special tokens.
         runtime: this rank's share is rows rank, rank + world size, …
         device_batch_size: rows per forward pass.
@@ -41,11 +42,10 @@ def bits_per_byte(
     totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     mine = np.arange(runtime.rank, len(rows), runtime.world_size)
     for start in range(0, len(mine), device_batch_size):
-        chosen = rows[mine[start : start + device_batch_size]].astype(np.int64)
-        tokens_BT1 = torch.from_numpy(chosen).to(runtime.device)
-        targets_BT = tokens_BT1[:, 1:].contiguous()
-        weights_BT = bytes_of_token[targets_BT]
-        losses_BT = model.token_losses(tokens_BT1[:, :-1].contiguous(), targets_BT).double()
+        chosen = torch.from_numpy(rows[mine[start : start + device_batch_size]]).to(runtime.device)
+        inputs_BT, targets_BT = inputs_and_targets(chosen)
+        weights_BT = bytes_of_token[targets_BT.clamp(min=0)] * (targets_BT >= 0)
+        losses_BT = model.token_losses(inputs_BT, targets_BT).double()
         totals[0] += (losses_BT * (weights_BT > 0)).sum()
         totals[1] += weights_BT.sum()
     nats, num_bytes = sum_over_ranks(totals).tolist()

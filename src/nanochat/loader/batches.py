@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from math import gcd
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from nanochat.loader.token_shards import TOKENIZE_COMMAND, TokenDataset
 STATE_VERSION = 1
 VALIDATION_POOL_SIZE = 256
 
-# (inputs_BT, targets_BT), both int64 on the training device.
+# (inputs_BT, targets_BT), both int64 on the training device; a target of −1 is not trained on.
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -42,7 +42,8 @@ class LoaderConfig:
         seed: of the document order.
         lanes: V, independent streams of rows. Every world size that divides it sees the same batches.
         pool_size: documents a lane chooses from when it packs.
-        remainders: whether the tail of a document split to complete a row is trained on later or dropped.
+        remainders: whether the tail of a document split to complete a row is trained on later or dropped, or rows
+            are padded and no document is split.
     """
 
     sequence_len: int
@@ -56,8 +57,8 @@ class LoaderConfig:
         for name in ("sequence_len", "rows_per_batch", "lanes", "pool_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}", "it must be at least 1")
-        if self.remainders not in ("keep", "drop"):
-            raise UsageError(f"remainders {self.remainders!r} is unknown", "use keep or drop")
+        if self.remainders not in get_args(Remainders):
+            raise UsageError(f"remainders {self.remainders!r} is unknown", f"use {', '.join(get_args(Remainders))}")
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ class LoaderStatistics:
 
     Attributes:
         tokens: trained tokens, T per row.
-        packed: tokens that filled rows, T + 1 per row, added BOS included.
+        packed: places of rows, T + 1 per row, added BOS and padding included.
         cropped: document tokens thrown away.
         added_bos: BOS tokens put before the tails of split documents.
+        padded: places left empty.
         documents: documents begun, repeated ones counted again.
         num_documents: documents in the data set.
     """
@@ -77,6 +79,7 @@ class LoaderStatistics:
     packed: int
     cropped: int
     added_bos: int
+    padded: int
     documents: int
     num_documents: int
 
@@ -88,8 +91,13 @@ class LoaderStatistics:
     @property
     def crop_fraction(self) -> float:
         """The share of document tokens that was thrown away, 0 to 1."""
-        consumed = self.packed - self.added_bos + self.cropped
+        consumed = self.packed - self.added_bos - self.padded + self.cropped
         return self.cropped / consumed if consumed else 0.0
+
+    @property
+    def padded_fraction(self) -> float:
+        """The share of places in rows that was left empty, 0 to 1."""
+        return self.padded / self.packed if self.packed else 0.0
 
     @property
     def epochs(self) -> float:
@@ -168,10 +176,7 @@ class BatchLoader:
         self._step += 1
         on_gpu = self._device.type == "cuda"
         rows = slot.rows.to(self._device, non_blocking=on_gpu)
-        micro_batches = [
-            (rows_BT1[:, :-1].to(torch.int64), rows_BT1[:, 1:].to(torch.int64))
-            for rows_BT1 in torch.split(rows, self._device_batch_size)
-        ]
+        micro_batches = [inputs_and_targets(rows_BT1) for rows_BT1 in torch.split(rows, self._device_batch_size)]
         if on_gpu:
             # The copy is only queued. The slot may be written again when the GPU has passed this point.
             slot.copied = torch.cuda.current_stream(self._device).record_event()
@@ -200,6 +205,7 @@ class BatchLoader:
             packed=rows * (self._config.sequence_len + 1),
             cropped=sum(count.cropped for count in counts),
             added_bos=sum(count.added_bos for count in counts),
+            padded=sum(count.padded for count in counts),
             documents=sum(count.documents for count in counts),
             num_documents=self._dataset.num_documents,
         )
@@ -232,20 +238,23 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**first, "lanes": {lane: lanes[lane] for lane in sorted(lanes, key=int)}}
 
 
-def validation_rows(dataset: TokenDataset, sequence_len: int, max_rows: int | None = None) -> NDArray[np.uint16]:
+def validation_rows(
+    dataset: TokenDataset, sequence_len: int, max_rows: int | None = None, remainders: Remainders = "keep"
+) -> NDArray[np.int32]:
     """The fixed validation set: the first rows of one pass in natural order, packed as in training.
 
     A function of data and sequence length alone, so that every run, rank and world size measures the same.
-    The last row is left out if the documents do not fill it.
+    The last row is left out if the documents do not fill it, unless rows are padded.
 
     Args:
         max_rows: at most so many rows; by default all.
+        remainders: as in training.
 
     Returns:
-        uint16 rows of shape (N, T + 1), N at least 1.
+        Rows of shape (N, T + 1), N at least 1, as `write_row` makes them.
 
     Raises:
-        DataError: the documents do not fill a single row.
+        DataError: the documents do not fill a single row, and rows are not padded.
     """
     row_size = sequence_len + 1
     lane = Lane(
@@ -253,11 +262,16 @@ def validation_rows(dataset: TokenDataset, sequence_len: int, max_rows: int | No
         dataset.lengths_of,
         row_size=row_size,
         pool_size=VALIDATION_POOL_SIZE,
+        remainders=remainders,
     )
     plans: list[list[Piece]] = []
     while max_rows is None or len(plans) < max_rows:
+        num_left = dataset.num_documents - lane.state().counts.documents
         plan = lane.next_row()
         if lane.state().epoch > 0:
+            # The pass ended within this row, or before it. Padded rows hold whole documents, one a piece.
+            if remainders == "pad" and num_left:
+                plans.append(plan[:num_left])
             break
         plans.append(plan)
     if not plans:
@@ -265,20 +279,39 @@ def validation_rows(dataset: TokenDataset, sequence_len: int, max_rows: int | No
             f"{dataset.folder} holds {dataset.num_tokens} {dataset.split} tokens, less than one row of {row_size}",
             "use more validation text or a smaller --sequence-len",
         )
-    rows = np.empty((len(plans), row_size), dtype=np.uint16)
+    rows = np.empty((len(plans), row_size), dtype=np.int32)
     for row, plan in zip(rows, plans):
         write_row(dataset, plan, row)
     return rows
 
 
-def write_row(dataset: TokenDataset, plan: Sequence[Piece], row: NDArray[np.integer[Any]]) -> None:
-    """Copy the tokens of a planned row into `row`, which it fills exactly."""
-    parts = []
+def write_row(dataset: TokenDataset, plan: Sequence[Piece], row: NDArray[np.int32]) -> None:
+    """Copy the tokens of a planned row into `row`.
+
+    A token that is not trained on stands as its complement, −1 − token, which no token is. So one array holds both
+    what the model reads and what it is trained to say, and crosses to the device as one. What the plan leaves empty
+    is BOS, not trained on.
+    """
+    tokens, trained = [], []
     for document, start, stop in plan:
         if start > 0:
-            parts.append(np.array([dataset.bos_id], dtype=np.uint16))
-        parts.append(dataset.piece(document, start, stop))
-    np.concatenate(parts, out=row)
+            tokens.append(np.array([dataset.bos_id], dtype=np.uint16))
+            trained.append(np.zeros(1, dtype=np.uint8))
+        tokens.append(dataset.piece(document, start, stop))
+        if dataset.is_masked:
+            trained.append(dataset.trained_piece(document, start, stop))
+    filled = row[: sum(map(len, tokens))]
+    np.concatenate(tokens, out=filled)
+    if dataset.is_masked:
+        np.invert(filled, out=filled, where=np.concatenate(trained) == 0)
+    row[len(filled) :] = ~dataset.bos_id
+
+
+def inputs_and_targets(rows_BT1: torch.Tensor) -> MicroBatch:
+    """Rows of `write_row` as what the model reads and what it is trained to say, both int64 (B, T)."""
+    rows_BT1 = rows_BT1.to(torch.int64)
+    inputs_BT, targets_BT = rows_BT1[:, :-1], rows_BT1[:, 1:]
+    return torch.where(inputs_BT < 0, ~inputs_BT, inputs_BT), targets_BT.clamp(min=-1)
 
 
 @dataclass

@@ -5,7 +5,9 @@ document, so no document waits for ever; then, again and again, the longest pend
 space left is added. When none fits, the shortest is split there, because that leaves the smallest tail, and
 the tail goes back into the pool as a piece of its own that begins with BOS. The alternative, cropping the
 tail (karpathy/nanochat's choice, about 35 % of tokens at T = 2048 by its own docstring), is kept as
-`remainders="drop"`.
+`remainders="drop"`. Conversations are not split, as half an answer teaches little: with `remainders="pad"` a
+row ends where no whole document fits any more, and a document longer than a row is cropped to one, so that it
+can never clog the pool.
 
 What is packed here are *plans*, not tokens: rows are lists of pieces, and copying tokens comes later. So a
 lane's whole state is a few hundred small integers.
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 
 from nanochat.loader.order import DocumentOrder
 
-Remainders = Literal["keep", "drop"]
+Remainders = Literal["keep", "drop", "pad"]
 
 # Part of a document: (document, start, stop). A document's own first token is BOS; a piece with start > 0 is
 # the tail of a split document and takes one more token in the row, a BOS put in front of it.
@@ -36,16 +38,18 @@ class LaneCounts:
     """What a lane has delivered since the run began.
 
     Attributes:
-        rows: full rows of T + 1 tokens.
+        rows: rows of T + 1 tokens.
         documents: documents whose first token was delivered.
         added_bos: BOS tokens put before the tails of split documents.
         cropped: tokens thrown away (always 0 when remainders are kept).
+        padded: places left empty (always 0 unless rows are padded).
     """
 
     rows: int = 0
     documents: int = 0
     added_bos: int = 0
     cropped: int = 0
+    padded: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Lane:
         lengths_of: maps an array of documents to their lengths in tokens, BOS included, all at least 1.
         row_size: T + 1.
         pool_size: how many pieces may be pending; more fit better and disturb the order further.
-        remainders: what becomes of the tail of a document that was split to complete a row.
+        remainders: what becomes of the tail of a document that was split to complete a row; `pad` splits none.
         state: where to go on; by default at the beginning of epoch 0.
     """
 
@@ -115,7 +119,7 @@ class Lane:
         self._lengths_of = lengths_of
         self._row_size = row_size
         self._pool_size = pool_size
-        self._keep = remainders == "keep"
+        self._remainders = remainders
         self._epoch = state.epoch
         self._position = state.position
         self._counts = asdict(state.counts)
@@ -135,7 +139,7 @@ class Lane:
         return LaneState(self._epoch, self._position, tuple(self._pool.values()), counts)
 
     def next_row(self) -> list[Piece]:
-        """Plan the next row: pieces that, with their added BOS, are exactly `row_size` tokens long."""
+        """Plan the next row: pieces that, with their added BOS, are `row_size` tokens long, or less if padded."""
         self._refill()
         oldest, (_, _, size) = next(iter(self._pool.items()))
         row: list[Piece] = []
@@ -144,6 +148,9 @@ class Lane:
             self._refill()
             # (space, 1) sorts just after every piece of size `space`, because no number is negative.
             largest_that_fits = bisect_right(self._sizes, (space, 1)) - 1
+            if largest_that_fits < 0 and self._remainders == "pad":
+                self._counts["padded"] += space
+                break
             space = self._place(max(largest_that_fits, 0), space, row)
         self._counts["rows"] += 1
         return row
@@ -184,7 +191,7 @@ class Lane:
         row.append((document, start, stop))
         if size <= space:
             return space - size
-        if self._keep:
+        if self._remainders == "keep":
             self._add((document, stop, size - space + 1))
         else:
             self._counts["cropped"] += size - space

@@ -5,8 +5,10 @@ A folder `tokens/` holds, for each shard of text,
     train_00000.tokens.npy    uint16, all documents one after another, each beginning with BOS
     train_00000.offsets.npy   int64, document i is tokens[offsets[i]:offsets[i + 1]]
 
-and the same for `val`, and a manifest. Plain `.npy` because every tool of the field reads it. Whatever runs
-parallel to the tokens (a loss mask, say) would be one more `.npy` beside them, with the same offsets.
+and the same for `val`, and a manifest. Plain `.npy` because every tool of the field reads it. Conversations have one
+file more, with the same offsets:
+
+    train_00000.trained.npy   uint8, 1 where the model is trained to say the token, 0 where it only reads it
 """
 
 from bisect import bisect_right
@@ -27,6 +29,7 @@ Split = Literal["train", "val"]
 MANIFEST_KIND = "tokens"
 TOKENS_SUFFIX = ".tokens.npy"
 OFFSETS_SUFFIX = ".offsets.npy"
+TRAINED_SUFFIX = ".trained.npy"
 TOKENIZE_COMMAND = "nanochat data tokenize"
 
 # uint16 halves the bytes to read of every wider type and holds every vocabulary this project trains.
@@ -37,21 +40,30 @@ NUM_OPENING_THREADS = 16
 
 
 def write_shard(
-    folder: Path, stem: str, split: Split, tokens: NDArray[np.uint16], offsets: NDArray[np.int64]
+    folder: Path,
+    stem: str,
+    split: Split,
+    tokens: NDArray[np.uint16],
+    offsets: NDArray[np.int64],
+    trained: NDArray[np.uint8] | None = None,
 ) -> list[dict[str, Any]]:
-    """Write one shard's two files atomically.
+    """Write one shard's files atomically.
 
     Args:
         stem: the shard's name without suffixes, `train_00000`.
         tokens: all documents one after another, each beginning with BOS.
         offsets: `documents + 1` boundaries, from 0 to `len(tokens)`.
+        trained: of conversations, 1 for each token that is trained on.
 
     Returns:
-        The two files' manifest entries.
+        The files' manifest entries.
     """
     counts = {"split": split, "documents": len(offsets) - 1, "tokens": len(tokens)}
+    arrays: dict[str, NDArray[Any]] = {TOKENS_SUFFIX: tokens, OFFSETS_SUFFIX: offsets}
+    if trained is not None:
+        arrays[TRAINED_SUFFIX] = trained
     entries = []
-    for suffix, array in ((TOKENS_SUFFIX, tokens), (OFFSETS_SUFFIX, offsets)):
+    for suffix, array in arrays.items():
         path = folder / f"{stem}{suffix}"
         with whole_file(path) as temporary, temporary.open("wb") as stream:
             np.save(stream, array, allow_pickle=False)
@@ -59,8 +71,8 @@ def write_shard(
     return entries
 
 
-def _map_tokens(path: Path, num_tokens: int, fix: str) -> NDArray[np.uint16]:
-    """Map a token file read-only, without keeping it open.
+def _map_array(path: Path, dtype: type[np.unsignedinteger[Any]], size: int, fix: str) -> NDArray[Any]:
+    """Map a file of one dimension read-only, without keeping it open.
 
     numpy's and Python's own maps each hold a file descriptor, and a usual limit of 1,024 of them would stop a
     run of a few thousand shards. torch closes the file as soon as it is mapped.
@@ -68,14 +80,14 @@ def _map_tokens(path: Path, num_tokens: int, fix: str) -> NDArray[np.uint16]:
     import torch
 
     header = np.load(path, mmap_mode="r", allow_pickle=False)
-    if header.dtype != np.uint16 or header.shape != (num_tokens,):
-        found = f"{header.dtype}{list(header.shape)}"
-        raise DataError(f"{path} holds {found}, expected uint16[{num_tokens}]", fix)
+    name = np.dtype(dtype).name
+    if header.dtype != dtype or header.shape != (size,):
+        raise DataError(f"{path} holds {header.dtype}{list(header.shape)}, expected {name}[{size}]", fix)
     skip = header.offset // header.itemsize
-    whole = torch.from_file(str(path), shared=False, size=skip + num_tokens, dtype=torch.uint16)
-    tokens: NDArray[np.uint16] = whole.numpy()[skip:]
-    tokens.flags.writeable = False
-    return tokens
+    whole = torch.from_file(str(path), shared=False, size=skip + size, dtype=getattr(torch, name))
+    array: NDArray[Any] = whole.numpy()[skip:]
+    array.flags.writeable = False
+    return array
 
 
 def _load_offsets(path: Path, num_documents: int, num_tokens: int, fix: str) -> NDArray[np.int64]:
@@ -112,6 +124,7 @@ class TokenDataset:
     vocab_size: int
     fingerprint: str
     _shards: Sequence[NDArray[np.uint16]]
+    _trained_shards: Sequence[NDArray[np.uint8]]
     _shard_starts: Sequence[int]
     _offsets: NDArray[np.int64]
 
@@ -144,12 +157,18 @@ class TokenDataset:
         if num_documents == 0:
             raise DataError(f"{folder} holds no {split} documents", fix)
 
-        def open_shard(entry: dict[str, Any]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        names = {entry["name"] for entry in entries}
+
+        def open_shard(
+            entry: dict[str, Any],
+        ) -> tuple[NDArray[np.uint16], NDArray[np.int64], NDArray[np.uint8] | None]:
             name, documents, tokens = entry["name"], entry["documents"], entry["tokens"]
-            offsets_path = folder / f"{name.removesuffix(TOKENS_SUFFIX)}{OFFSETS_SUFFIX}"
+            stem = name.removesuffix(TOKENS_SUFFIX)
+            mask = f"{stem}{TRAINED_SUFFIX}"
             try:
-                offsets = _load_offsets(offsets_path, documents, tokens, fix)
-                return _map_tokens(folder / name, tokens, fix), offsets
+                offsets = _load_offsets(folder / f"{stem}{OFFSETS_SUFFIX}", documents, tokens, fix)
+                trained = _map_array(folder / mask, np.uint8, tokens, fix) if mask in names else None
+                return _map_array(folder / name, np.uint16, tokens, fix), offsets, trained
             except (ValueError, OSError) as error:
                 raise DataError(f"{folder / name} cannot be opened ({error})", fix) from None
 
@@ -157,9 +176,12 @@ class TokenDataset:
             for _ in pool.map(lambda entry: verify_files(folder, [entry], fix, checksums), entries):
                 pass
             opened = list(pool.map(open_shard, token_entries))
-        shards = [tokens for tokens, _ in opened]
+        shards = [tokens for tokens, _, _ in opened]
+        trained_shards = [trained for _, _, trained in opened if trained is not None]
+        if len(trained_shards) not in (0, len(shards)):
+            raise DataError(f"{folder} says of some {split} shards only which tokens are trained on", fix)
         shard_starts = np.cumsum([0, *map(len, shards)]).tolist()
-        offsets = [local[:-1] + start for (_, local), start in zip(opened, shard_starts)]
+        offsets = [local[:-1] + start for (_, local, _), start in zip(opened, shard_starts)]
         return cls(
             folder=folder,
             split=split,
@@ -169,6 +191,7 @@ class TokenDataset:
             vocab_size=vocab_size,
             fingerprint=fingerprint(identity),
             _shards=shards,
+            _trained_shards=trained_shards,
             _shard_starts=shard_starts[:-1],
             _offsets=np.concatenate([*offsets, np.array([shard_starts[-1]], dtype=np.int64)]),
         )
@@ -186,10 +209,24 @@ class TokenDataset:
         """A read-only view of one document's tokens."""
         return self.piece(index, 0, self._offsets.item(index + 1) - self._offsets.item(index))
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether only some of the tokens are trained on, as in conversations."""
+        return bool(self._trained_shards)
+
     def piece(self, index: int, start: int, stop: int) -> NDArray[np.uint16]:
         """A read-only view of one document's tokens from `start` to `stop`, which must lie within it."""
+        shard, at = self._place(index)
+        return self._shards[shard][at + start : at + stop]
+
+    def trained_piece(self, index: int, start: int, stop: int) -> NDArray[np.uint8]:
+        """Which of the tokens of `piece` are trained on, 1 or 0; only of a data set that `is_masked`."""
+        shard, at = self._place(index)
+        return self._trained_shards[shard][at + start : at + stop]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard of a document and where in it the document begins."""
         first = self._offsets.item(index)
         # Of shards that start at the same token all but the last are empty, and bisect_right finds the last.
         shard = bisect_right(self._shard_starts, first) - 1
-        at = first - self._shard_starts[shard]
-        return self._shards[shard][at + start : at + stop]
+        return shard, first - self._shard_starts[shard]

@@ -72,7 +72,9 @@ class _SoftcappedCrossEntropy(torch.autograd.Function):
 def softcapped_cross_entropy(
     hidden_BTC: Tensor, head_VC: Tensor, targets_BT: Tensor, chunk_rows: int | None = None
 ) -> Tensor:
-    """Mean cross-entropy in nats over the targets that are not −1, with gradients for both inputs.
+    """Sum of the cross-entropies in nats of the targets that are not −1, with gradients for both inputs.
+
+    A sum, because only the training loop knows over how many targets of all micro-batches and ranks to take the mean.
 
     Args:
         hidden_BTC: normalised hidden states, in the compute dtype.
@@ -87,7 +89,7 @@ def softcapped_cross_entropy(
     rows = chunk_rows or CHUNK_ROWS.get(hidden_BTC.device.type, CHUNK_ROWS["cuda"])
     # torch ships `apply` without annotations.
     total: Tensor = _SoftcappedCrossEntropy.apply(hidden_NC, head_VC, targets_N, rows)  # type: ignore[no-untyped-call]
-    return total / (targets_N != IGNORED_TARGET).sum().clamp(min=1)
+    return total
 
 
 @torch.no_grad()
