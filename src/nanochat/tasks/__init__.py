@@ -1,0 +1,1 @@
+"""Where conversations come from, to train on and to be examined with: one file per task."""
