@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nanochat.config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, ModelConfig
 from nanochat.model.attention import Attention, sdpa_attention
+from nanochat.model.kv_cache import CacheStep
 from nanochat.model.loss import softcap, softcapped_cross_entropy, softcapped_token_losses
 
 ROPE_THETA = 100_000.0
@@ -56,10 +57,13 @@ def rotary_tables(sequence_len: int, head_dim: int, device: torch.device | None 
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BTHD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotate the two halves of each head by its position's angles, by −θ as nanochat checkpoints do."""
+def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head by its position's angles, by −θ as nanochat checkpoints do.
+
+    Cosine and sine are (T, D/2), or (B, T, D/2) where rows are at different positions.
+    """
     first, second = x_BTHD.chunk(2, dim=-1)
-    cos, sin = cos_TD[:, None, :], sin_TD[:, None, :]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
@@ -78,8 +82,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if config.has_value_embedding(layer) else None
 
-    def forward(self, x_BTC: Tensor, value_embedding_BTC: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
+    def forward(
+        self,
+        x_BTC: Tensor,
+        value_embedding_BTC: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention | None = None,
+    ) -> Tensor:
+        """(B, T, C) → (B, T, C), by another attention where one is given."""
         heads = (*x_BTC.shape[:2], -1, self.head_dim)
         q_BTHD, k_BTGD, v_BTGD = (c(x_BTC).view(heads) for c in (self.c_q, self.c_k, self.c_v))
         if self.ve_gate is not None and value_embedding_BTC is not None:
@@ -88,7 +99,7 @@ class CausalSelfAttention(nn.Module):
         q_BTHD, k_BTGD = norm(rotate(q_BTHD, cos, sin)), norm(rotate(k_BTGD, cos, sin))
         if self.qk_scale != 1.0:
             q_BTHD, k_BTGD = q_BTHD * self.qk_scale, k_BTGD * self.qk_scale
-        y_BTHD = self.attention(q_BTHD, k_BTGD, v_BTGD, self.window)
+        y_BTHD = (attention or self.attention)(q_BTHD, k_BTGD, v_BTGD, self.window)
         y_BTC: Tensor = self.c_proj(y_BTHD.flatten(2))
         return y_BTC
 
@@ -115,9 +126,16 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer, attention)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, value_embedding_BTC: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_BTC: Tensor,
+        value_embedding_BTC: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention | None = None,
+    ) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        x_BTC = x_BTC + self.attn(norm(x_BTC), value_embedding_BTC, cos, sin)
+        x_BTC = x_BTC + self.attn(norm(x_BTC), value_embedding_BTC, cos, sin, attention)
         y_BTC: Tensor = x_BTC + self.mlp(norm(x_BTC))
         return y_BTC
 
@@ -130,7 +148,7 @@ class GPT(nn.Module):
         compute_dtype: dtype of activations and matmuls; the weights are float32 in any case.
         attention: the backend, see `nanochat.model.attention`.
 
-    Calling it with tokens and targets gives the mean loss, with tokens alone the logits.
+    Calling it with tokens and targets gives the summed loss, with tokens alone the logits.
     """
 
     def __init__(
@@ -210,21 +228,23 @@ class GPT(nn.Module):
         """The layers, first to last."""
         return [block for block in self.transformer["h"].children() if isinstance(block, Block)]
 
-    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
-        """Run all layers: token ids (B, T) → normalised hidden states (B, T, C) in the compute dtype."""
+    def hidden_states(self, tokens_BT: Tensor, step: CacheStep | None = None) -> Tensor:
+        """Run all layers: token ids (B, T) → normalised hidden states (B, T, C) in the compute dtype.
+
+        With a step of a cache the tokens, which are the step's, follow those that the cache holds.
+        """
         time = tokens_BT.size(1)
         if time > self.config.sequence_len:
             raise ValueError(f"{time} tokens do not fit a context of {self.config.sequence_len}")
-        cos, sin = self.cos[:time].to(self.compute_dtype), self.sin[:time].to(self.compute_dtype)
+        positions = slice(time) if step is None else step.positions
+        cos, sin = self.cos[positions].to(self.compute_dtype), self.sin[positions].to(self.compute_dtype)
         x_BTC = norm(self.transformer["wte"](tokens_BT).to(self.compute_dtype))
         if self.config.variant == "classic":
-            for block in self.blocks:
-                x_BTC = block(x_BTC, None, cos, sin)
+            for layer, block in enumerate(self.blocks):
+                x_BTC = block(x_BTC, None, cos, sin, step and step.attention(layer))
             return norm(x_BTC)
 
-        gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[:, 1:, :SMEAR_GATE_CHANNELS]))
-        smeared_BTC = x_BTC[:, 1:] + self.smear_lambda.to(x_BTC.dtype) * gate_BT1 * x_BTC[:, :-1]
-        x_BTC = torch.cat((x_BTC[:, :1], smeared_BTC), dim=1)
+        x_BTC = self._smear(x_BTC) if step is None else self._smear(step.with_last_embedding(x_BTC))[:, 1:]
         x0_BTC = x_BTC
         middle_BTC = x_BTC
         resid_lambdas, x0_lambdas = self.resid_lambdas.to(x_BTC.dtype), self.x0_lambdas.to(x_BTC.dtype)
@@ -233,13 +253,24 @@ class GPT(nn.Module):
             value_embedding_BTC = None
             if self.config.has_value_embedding(layer):
                 value_embedding_BTC = self.value_embeds[str(layer)](tokens_BT).to(self.compute_dtype)
-            x_BTC = block(x_BTC, value_embedding_BTC, cos, sin)
+            x_BTC = block(x_BTC, value_embedding_BTC, cos, sin, step and step.attention(layer))
             if layer == self.config.n_layer // 2:
                 middle_BTC = x_BTC
         return norm(x_BTC - self.backout_lambda.to(x_BTC.dtype) * middle_BTC)
 
+    def _smear(self, x_BTC: Tensor) -> Tensor:
+        """Add to each position but the first a gated share of the one before."""
+        gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[:, 1:, :SMEAR_GATE_CHANNELS]))
+        smeared_BTC = x_BTC[:, 1:] + self.smear_lambda.to(x_BTC.dtype) * gate_BT1 * x_BTC[:, :-1]
+        return torch.cat((x_BTC[:, :1], smeared_BTC), dim=1)
+
+    @torch.no_grad()
+    def next_logits(self, step: CacheStep) -> Tensor:
+        """The logits after the last token of each row of a step, float32 (B, V)."""
+        return softcap(self.lm_head(step.last(self.hidden_states(step.tokens, step))))
+
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Mean loss in nats over the targets that are not −1; without targets the logits, float32 (B, T, V)."""
+        """Summed loss in nats of the targets that are not −1; without targets the logits, float32 (B, T, V)."""
         hidden_BTC = self.hidden_states(tokens_BT)
         if targets_BT is None:
             return softcap(self.lm_head(hidden_BTC))

@@ -1,0 +1,200 @@
+"""Generation with a cache says what generation without one says, however the work is cut, and does no work in vain."""
+
+import math
+from collections import Counter
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripts import AFTER_CALL, CALL, successors, tokens_of
+from torch import Tensor, nn
+
+from models import CONTEXT, random_model, scripted_model
+from nanochat.chat.engine import STOP_TOKENS, Engine, Sampling, choose_tokens
+from nanochat.config import Variant
+from nanochat.errors import UsageError
+from nanochat.model.generate import generate
+from nanochat.model.gpt import GPT
+from nanochat.tokenizer.tokenizer import Tokenizer
+
+VOCAB_SIZE = 320
+VARIANTS: tuple[Variant, ...] = ("modern", "classic")
+MODELS = {variant: random_model(variant, VOCAB_SIZE, window=5) for variant in VARIANTS}
+PROMPTS = st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=CONTEXT), min_size=1, max_size=6)
+
+
+def watch_passes(model: GPT) -> list[int]:
+    """The number of rows of each pass through the model from here on."""
+    rows: list[int] = []
+
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows.append(len(output))
+
+    model.lm_head.register_forward_hook(watch)
+    return rows
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    variant=st.sampled_from(VARIANTS),
+    prompts=PROMPTS,
+    max_new_tokens=st.integers(1, 15),
+    batch_size=st.integers(1, 6),
+    chunk=st.sampled_from([1, 2, 7, 512]),
+)
+def test_the_likeliest_tokens_are_those_of_the_model_without_a_cache_for_any_batch_and_chunk(
+    tokenizer: Tokenizer, variant: Variant, prompts: list[list[int]], max_new_tokens: int, batch_size: int, chunk: int
+) -> None:
+    stop = frozenset(map(tokenizer.special_id, STOP_TOKENS))
+    expected = [
+        generate(MODELS[variant], prompt, min(max_new_tokens, CONTEXT - len(prompt)), stop=stop) for prompt in prompts
+    ]
+    engine = Engine(MODELS[variant], tokenizer, calculator=False, prefill_chunk=chunk)
+    assert engine.generate(prompts, Sampling(max_new_tokens), batch_size) == expected
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    variant=st.sampled_from(VARIANTS),
+    prompts=PROMPTS,
+    seed=st.integers(0, 9),
+    batch_size=st.integers(1, 6),
+    chunk=st.integers(1, 9),
+)
+def test_what_is_drawn_depends_on_seed_and_prompt_and_not_on_the_batch(
+    tokenizer: Tokenizer, variant: Variant, prompts: list[list[int]], seed: int, batch_size: int, chunk: int
+) -> None:
+    sampling = Sampling(10, temperature=1.0, top_k=30, seed=seed)
+    whole = Engine(MODELS[variant], tokenizer).generate(prompts, sampling, batch_size=len(prompts))
+    engine = Engine(MODELS[variant], tokenizer, prefill_chunk=chunk)
+    assert engine.generate(prompts, sampling, batch_size) == whole
+    assert list(engine.stream(prompts[0], sampling)) == whole[0]
+
+
+def test_seeds_and_rows_draw_differently_and_no_global_generator_is_touched(tokenizer: Tokenizer) -> None:
+    engine, state = Engine(MODELS["modern"], tokenizer), torch.get_rng_state()
+    answers = [
+        tuple(answer) for seed in (0, 1) for answer in engine.generate([[5]] * 4, Sampling(12, 1.0, None, seed), 2)
+    ]
+    assert len(set(answers)) == 8
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_answer_ends_where_the_context_does(tokenizer: Tokenizer) -> None:
+    model = scripted_model({1: 2, 2: 1}, VOCAB_SIZE, sequence_len=16)
+    answers = Engine(model, tokenizer).generate([[1] * 10, [1] * 16, [1] * 15], Sampling(100))
+    assert answers == [[2, 1, 2, 1, 2, 1], [], [2]]
+
+
+@pytest.mark.parametrize("stop", STOP_TOKENS)
+def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(stop: str, tokenizer: Tokenizer) -> None:
+    model = scripted_model({1: 2, 2: 3, 3: tokenizer.special_id(stop)}, VOCAB_SIZE)
+    assert Engine(model, tokenizer).generate([[1], [3], [2]], Sampling()) == [[2, 3], [], [3]]
+
+
+def test_no_pass_is_made_after_the_last_token_and_none_for_rows_that_have_ended(tokenizer: Tokenizer) -> None:
+    end = tokenizer.special_id("<|assistant_end|>")
+    model = scripted_model({1: 2, 2: 3, 3: 4, 4: end, 5: 5}, VOCAB_SIZE)
+    passes = watch_passes(model)
+    answers = Engine(model, tokenizer).generate([[5], [4], [2], [1]], Sampling(5))
+    assert answers == [[5] * 5, [], [3, 4], [2, 3, 4]]
+    # Row by row they take 5, 1, 3 and 4 passes.
+    assert passes == [4, 3, 3, 2, 1]
+
+
+def test_a_long_prompt_is_computed_in_chunks(tokenizer: Tokenizer) -> None:
+    model = scripted_model({1: 2}, VOCAB_SIZE)
+    passes = watch_passes(model)
+    assert Engine(model, tokenizer, prefill_chunk=8).generate([[1] * 20], Sampling(1)) == [[2]]
+    assert passes == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_calculator_answers_a_call_in_the_models_place(dtype: torch.dtype, tokenizer: Tokenizer) -> None:
+    model = scripted_model(successors(tokenizer, CALL, AFTER_CALL), VOCAB_SIZE, compute_dtype=dtype)
+    start, *call = tokens_of(tokenizer, *CALL)
+    expected = [
+        *call,
+        *[tokenizer.special_id("<|output_start|>"), *tokenizer.encode("42"), tokenizer.special_id("<|output_end|>")],
+        *tokens_of(tokenizer, "fine."),
+    ]
+    engine = Engine(model, tokenizer)
+    assert list(engine.stream([start], Sampling())) == expected
+    # Also among rows that are elsewhere at that time, and as far as there is room.
+    prompts = [[start], [*call, start], tokens_of(tokenizer, "f")]
+    assert engine.generate(prompts, Sampling()) == [expected, expected, tokens_of(tokenizer, "ine.")]
+    for room in range(1, len(expected) + 2):
+        assert engine.generate([[start]], Sampling(room)) == [expected[:room]]
+
+
+def test_without_the_calculator_or_where_it_refuses_the_model_goes_on_by_itself(tokenizer: Tokenizer) -> None:
+    for expression, calculator in [("6*7", False), ("6/0", True)]:
+        script = (*CALL[:2], expression, CALL[3], "ok", "<|assistant_end|>")
+        model = scripted_model(successors(tokenizer, script), VOCAB_SIZE)
+        start, *answer, _ = tokens_of(tokenizer, *script)
+        assert Engine(model, tokenizer, calculator=calculator).generate([[start]], Sampling()) == [answer]
+
+
+def test_an_end_without_a_start_of_its_own_is_no_call(tokenizer: Tokenizer) -> None:
+    again = ("<|output_end|>", "<|python_end|>", "ok", "<|assistant_end|>")
+    model = scripted_model(successors(tokenizer, CALL, again), VOCAB_SIZE)
+    prompts = [tokens_of(tokenizer, start) for start in ("7", CALL[0])]
+    without_start, after_a_call = Engine(model, tokenizer).generate(prompts, Sampling())
+    assert without_start == tokens_of(tokenizer, "<|python_end|>", "ok")
+    assert after_a_call[-4:] == tokens_of(tokenizer, *again[:3])
+
+
+def test_weights_are_cast_once_and_the_models_own_are_left_alone(tokenizer: Tokenizer) -> None:
+    model = random_model(vocab_size=VOCAB_SIZE)
+    assert Engine(model, tokenizer).model is model
+    model.compute_dtype = torch.bfloat16
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    engine = Engine(model, tokenizer)
+    engine.generate([[1, 2, 3]], Sampling(3))
+    assert {weight.dtype for weight in engine.model.parameters()} == {torch.bfloat16}
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
+    # The same arithmetic as with a cast at every token.
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(engine.model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("prompt", [[], [1] * (CONTEXT + 1)])
+def test_a_prompt_that_cannot_be_continued_is_refused(prompt: list[int], tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=f"a prompt of {len(prompt)} tokens"):
+        Engine(MODELS["modern"], tokenizer).generate([[1], prompt], Sampling())
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens"),
+        ({"temperature": -0.1}, "--temperature"),
+        ({"temperature": math.nan}, "--temperature"),
+        ({"top_k": 0}, "--top-k"),
+    ],
+)
+def test_a_way_to_choose_that_is_none_is_refused(settings: dict[str, float], flag: str) -> None:
+    with pytest.raises(UsageError, match=flag):
+        Sampling(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_as_often_as_their_probability_says(temperature: float) -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.5])
+    draws = 5000
+    randoms = [Random(row) for row in range(draws)]
+    counts = Counter(choose_tokens(logits.expand(draws, -1), Sampling(1, temperature, top_k=3), randoms))
+    kept = torch.tensor([-math.inf, 1.0, 2.0, -math.inf, 1.5])
+    for token, probability in enumerate(torch.softmax(kept / temperature, dim=0).tolist()):
+        # Four standard deviations.
+        assert abs(counts[token] / draws - probability) <= 4 * (probability * (1 - probability) / draws) ** 0.5
+
+
+def test_temperature_0_and_top_1_take_the_likeliest() -> None:
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    likeliest = logits.argmax(dim=1).tolist()
+    assert choose_tokens(logits, Sampling(), [Random(0)] * 7) == likeliest
+    assert choose_tokens(logits, Sampling(temperature=9.0, top_k=1), [Random(0)] * 7) == likeliest
