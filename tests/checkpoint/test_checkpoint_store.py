@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.errors import DataError
-from nanochat.training.checkpoint import (
+from nanochat.checkpoint.store import (
     CheckpointNotSavedError,
     checkpoint_folder,
     list_steps,
@@ -20,6 +19,7 @@ from nanochat.training.checkpoint import (
     load_newest,
     save_checkpoint,
 )
+from nanochat.errors import DataError
 
 FIX = "train again"
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json"]
@@ -125,7 +125,7 @@ def test_a_checkpoint_can_be_written_again_over_itself(tmp_path: Path) -> None:
 WRITER = """
 import sys, torch
 from pathlib import Path
-from nanochat.training.checkpoint import save_checkpoint
+from nanochat.checkpoint.store import save_checkpoint
 size = int(sys.argv[2])
 for step in range(1, 10**6):
     tensor = torch.full((size,), float(step))
@@ -170,7 +170,7 @@ def test_a_file_system_that_runs_full_costs_nothing_already_saved(tmp_path: Path
     code = (
         "import sys; sys.path[:0] = [sys.argv[1]]\n"
         "from pathlib import Path\n"
-        "from test_training_checkpoint import CheckpointNotSavedError, _save_with_files_limited_to\n"
+        "from test_checkpoint_store import CheckpointNotSavedError, _save_with_files_limited_to\n"
         "try: _save_with_files_limited_to(200_000, Path(sys.argv[2]))\n"
         "except CheckpointNotSavedError as error: print(error)\n"
     )

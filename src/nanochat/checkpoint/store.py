@@ -130,12 +130,15 @@ def save_checkpoint(
     return fingerprint
 
 
-def load_checkpoint(parent: Path, step: int, fix: str, checksums: bool = True) -> Checkpoint:
+def load_checkpoint(
+    parent: Path, step: int, fix: str, checksums: bool = True, with_optimizer: bool = True
+) -> Checkpoint:
     """Read the checkpoint of one step, checking every byte.
 
     Args:
         fix: the command that an error names.
         checksums: off where another rank has just checked the same files.
+        with_optimizer: off where the model is only used: the optimizer's state is twice its size.
 
     Raises:
         DataError: it is missing, incomplete or damaged.
@@ -148,14 +151,14 @@ def load_checkpoint(parent: Path, step: int, fix: str, checksums: bool = True) -
         folder=folder,
         step=state["step"],
         model=load_file(folder / "model.safetensors"),
-        optimizer=load_file(folder / "optimizer.safetensors"),
+        optimizer=load_file(folder / "optimizer.safetensors") if with_optimizer else {},
         state=state,
         config=read_json(folder / "config.json", fix),
         fingerprint=manifest["fingerprint"],
     )
 
 
-def load_newest(parent: Path, fix: str) -> tuple[Checkpoint | None, list[str]]:
+def load_newest(parent: Path, fix: str, with_optimizer: bool = True) -> tuple[Checkpoint | None, list[str]]:
     """Read the newest good checkpoint, setting damaged ones aside.
 
     Called by rank 0 only, since it renames what is damaged.
@@ -170,7 +173,7 @@ def load_newest(parent: Path, fix: str) -> tuple[Checkpoint | None, list[str]]:
     steps = list_steps(parent)
     for step in reversed(steps):
         try:
-            return load_checkpoint(parent, step, fix), warnings
+            return load_checkpoint(parent, step, fix, with_optimizer=with_optimizer), warnings
         except DataError as error:
             folder = checkpoint_folder(parent, step)
             aside = folder.with_name(f"damaged-{folder.name}")

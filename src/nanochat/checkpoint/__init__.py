@@ -1,0 +1,1 @@
+"""Trained models on disk: written whole, verified when read, loadable on any number of devices."""
