@@ -34,7 +34,7 @@ def install(session: nox.Session, *extras: str) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train a small model on built-in text: tokenizer, tokens, base model, report. No GPU, no download of data."""
+    """Train a small chat model on built-in text, examine it, and ask it a question. No GPU, no download of data."""
     install(session)
     # After Ctrl-C the demo finishes its step and writes a checkpoint; nox would give it 0.3 seconds.
     session.run("nanochat", "demo", *session.posargs, interrupt_timeout=60.0, terminate_timeout=60.0)
@@ -49,6 +49,13 @@ def test(session: nox.Session) -> None:
         *("pytest", "--numprocesses=auto", "--dist=loadfile", *session.posargs),
         env={"OMP_NUM_THREADS": "1", "WANDB_X_DISABLE_STATS": "true"},
     )
+
+
+@nox.session
+def endurance(session: nox.Session) -> None:
+    """Kill the demo at twenty random moments; it must end as an undisturbed one. Half an hour on two cores."""
+    install(session, "test")
+    session.run("pytest", "-m", "endurance", "--capture=no", "tests/endurance", *session.posargs)
 
 
 @nox.session

@@ -40,6 +40,7 @@ import tiktoken
 import torch
 
 import nanochat
+from nanochat.checkpoint.store import load_checkpoint
 from nanochat.config import ModelConfig
 from nanochat.corpus.builtin import build_builtin_corpus
 from nanochat.corpus.shards import read_texts
@@ -53,8 +54,7 @@ from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tokenizer.train import train_tokenizer
 from nanochat.tracking.environment import describe_environment
 from nanochat.tracking.metrics import read, series
-from nanochat.training.base import metrics_path
-from nanochat.training.checkpoint import load_checkpoint
+from nanochat.training.session import metrics_path
 from nanochat.workspace import Workspace
 
 OUR_SOURCE = Path(nanochat.__file__).parents[1]
@@ -171,7 +171,7 @@ class Bench:
         }
         output, arrivals = run_timed(command, environment)
         if mode.side == "ours":
-            durations = series(read(metrics_path(self.ours, run, run)), "time/step_seconds")[1]
+            durations = series(read(metrics_path(self.ours, run, "base", run)), "time/step_seconds")[1]
             score = self._score_ours(mode, steps, run) if name else None
         else:
             durations = [float(milliseconds) / 1000 for milliseconds in PEER_STEP_SECONDS.findall(output)]

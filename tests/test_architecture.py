@@ -13,8 +13,8 @@ DESIGN = SOURCE.parents[1] / "docs" / "explanation" / "design.md"
 FLOORS = (
     ("workspace", "config", "runtime", "files", "errors"),
     ("corpus",),
-    ("model", "optim", "loader", "tokenizer"),
-    ("training", "evaluation", "tracking"),
+    ("model", "optim", "loader", "tokenizer", "tasks"),
+    ("training", "evaluation", "tracking", "chat", "export", "checkpoint"),
     ("pipeline",),
     ("commands",),
     ("cli",),

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import tyro
@@ -57,6 +57,15 @@ def parse(run: Callable[..., None], arguments: list[str]) -> None:
         return None
 
     tyro.cli(nothing, args=arguments)
+
+
+def spelled(flag: Any) -> str:
+    """How help shows a flag; what is known by its place, by its choices, its type or its name."""
+    if not flag.positional:
+        return f"--{flag.name.replace('_', '-')}"
+    if get_origin(flag.type) is Literal:
+        return ",".join(get_args(flag.type))
+    return "PATH" if flag.type is Path else flag.name.upper()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -115,8 +124,7 @@ def test_every_flag_in_the_reference_is_one_the_command_takes(
     help_text = capsys.readouterr().out
     for flag in GENERATOR["flag_names"](COMMANDS[command]):
         assert flag.meaning, f"{flag.name} of {command} has no description"
-        spelled = "PATH" if flag.positional else f"--{flag.name.replace('_', '-')}"
-        assert re.search(rf"(?<![\w-]){spelled}(?![\w-])", help_text), f"{command} has no {spelled}"
+        assert re.search(rf"(?<![\w-]){spelled(flag)}(?![\w-])", help_text), f"{command} has no {spelled(flag)}"
 
 
 def test_the_table_of_exit_codes_is_the_enum() -> None:

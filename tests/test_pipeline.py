@@ -32,7 +32,7 @@ FLAGS = [
     "--head-dim",
     "16",
     "--sequence-len",
-    "32",
+    "64",
     "--lanes",
     "4",
     "--pool-size",
@@ -58,7 +58,15 @@ FLAGS = [
     "1",
     "--dtype",
     "float32",
+    *("--mid.tasks", "arithmetic:200", "identity", "--mid.num-steps", "6", "--mid.save-every", "2"),
+    *("--mid.lanes", "4", "--mid.pool-size", "8", "--mid.log-every", "1", "--mid.eval-tokens", "1024"),
+    *("--sft.tasks", "arithmetic:100", "--sft.num-steps", "4", "--sft.save-every", "2"),
+    *("--sft.batch-fraction", "1"),
+    *("--sft.lanes", "4", "--sft.pool-size", "8", "--sft.log-every", "1", "--sft.eval-tokens", "1024"),
+    *("--eval.tasks", "arithmetic", "library-kinds", "--eval.max-problems", "8", "--eval.max-new-tokens", "8"),
 ]
+# How many steps each stage takes.
+STEPS = {"base": 12, "mid": 6, "sft": 4}
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +83,29 @@ def final_state(workspace: Path) -> dict[str, Any]:
         str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest()
         for pattern in (
             "base_data/*.parquet",
-            "tokenizer/*[!n].json",
+            "tokenizer/config.json",
+            "tokenizer/tokenizer.json",
             "tokenizer/*.tiktoken",
             "tokens/*.npy",
-            "base_checkpoints/*/*/*.safetensors",
+            "conversation_tokens/*/*.npy",
+            "*_checkpoints/*/*/*.safetensors",
         )
         for path in sorted(workspace.glob(pattern))
     }
-    metrics = [json.loads(line) for line in (workspace / "runs/toy/base/d2/metrics.jsonl").read_text().splitlines()]
-    results = [
-        {key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in metrics
-    ]
-    return {"files": digests, "metrics": results}
+    metrics = {
+        stage: [
+            {key: value for key, value in json.loads(line).items() if not key.startswith(("time/", "memory/"))}
+            for line in (workspace / f"runs/toy/{stage}/d2/metrics.jsonl").read_text().splitlines()
+        ]
+        for stage in STEPS
+    }
+    # A checkpoint's own fingerprint covers how long it took.
+    evaluations = {
+        path.name: {key: value for key, value in json.loads(path.read_text()).items() if key != "checkpoint"}
+        for path in sorted(workspace.glob("evaluations/*/*/*.json"))
+    }
+    compared = json.loads((workspace / "report/sections/eval.json").read_text())["compared"]
+    return {"files": digests, "metrics": metrics, "evaluations": evaluations, "compared": compared}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +131,53 @@ def test_a_run_ends_with_a_report_of_every_stage(finished: Path) -> None:
     assert section["summary"]["Bits per byte"] < section["figures"]["Bits per byte of a byte-unigram model"]
 
 
+def test_the_report_sets_the_stages_side_by_side(finished: Path) -> None:
+    report = (finished / "report/report.md").read_text()
+    assert "| Metric | BASE | MID | SFT |" in report
+    [row] = [line for line in report.splitlines() if line.startswith("| library-kinds (n = 8)")]
+    assert row.count("%") == 9, "an accuracy and the ends of its interval for each stage"
+    assert "BASE: Who are you?" in report
+    assert "SFT: Who are you?" in report
+
+
+def test_every_stage_was_really_trained(finished: Path) -> None:
+    for stage, steps in STEPS.items():
+        losses = [row["train/loss"] for row in final_state(finished)["metrics"][stage] if "train/loss" in row]
+        assert len(losses) == steps
+        assert losses[-1] < losses[0]
+
+
+def test_chat_stages_continue_from_a_finished_base(
+    finished: Path, run_command: Run, text_folder: Path, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "workspace"
+    data = ["--data", str(text_folder)]
+    first = run_command(*FLAGS, *data, "--stages", "corpus,tokenizer,tokenize,base", workspace=workspace)
+    assert first.returncode == 0, first.stderr
+    second = run_command(*FLAGS, *data, "--stages", "mid,sft,eval,report", workspace=workspace)
+    assert second.returncode == 0, second.stderr
+    assert final_state(workspace) == final_state(finished)
+
+
+def test_missing_task_data_is_noticed_before_anything_is_trained(
+    run_command: Run, text_folder: Path, tmp_path: Path
+) -> None:
+    # Without the toy's own tasks: the defaults are those of a real model, and all that they need is named at once.
+    flags = [flag for flag in FLAGS if flag not in ("--mid.tasks", "arithmetic:200", "identity", "--sft.tasks")]
+    flags.remove("arithmetic:100")
+    result = run_command(*flags, "--data", str(text_folder), workspace=tmp_path / "workspace")
+    assert result.returncode == 4
+    assert "nanochat stage smoltalk mmlu gsm8k arc-easy arc-challenge;" in result.stderr
+    assert not (tmp_path / "workspace").exists()
+
+
+def test_an_unknown_stage_is_refused_with_those_there_are(run_command: Run) -> None:
+    result = run_command(*FLAGS, "--stages", "base,finetune")
+    assert result.returncode == 2
+    assert "no stage 'finetune'" in result.stderr
+    assert "corpus,tokenizer,tokenize,base,mid,sft,eval,report" in result.stderr
+
+
 def test_a_run_leaves_an_offline_wandb_run(finished: Path) -> None:
     assert list((finished / "wandb").glob("wandb/offline-run-*/run-toy-base.wandb"))
 
@@ -132,7 +198,7 @@ def test_a_changed_setting_redoes_its_stage_and_what_depends_on_it(
     result = run_command(*flags, "--data", str(text_folder), "--model-tag", "other", workspace=workspace)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("already done") == 1
-    assert result.stdout.count("changed since it last ran") == 3
+    assert result.stdout.count("changed since it last ran") == 6
     assert json.loads((workspace / "tokenizer/config.json").read_text())["vocab_size"] == 288
 
 
@@ -151,7 +217,7 @@ def test_a_lost_product_is_made_again(
     assert final_state(workspace) == final_state(finished)
 
 
-@pytest.mark.parametrize("stage", ["corpus", "tokenizer", "tokenize", "base", "report"])
+@pytest.mark.parametrize("stage", ALL_STAGES)
 def test_a_run_killed_in_any_stage_ends_as_if_undisturbed(
     stage: str, finished: Path, run_command: Run, text_folder: Path, tmp_path: Path
 ) -> None:
@@ -165,7 +231,7 @@ def test_a_run_killed_in_any_stage_ends_as_if_undisturbed(
         start_new_session=True,
     )
     assert process.stdout is not None
-    awaited = "step 5/12" if stage == "base" else f"] {stage} …"
+    awaited = f"step 3/{STEPS[stage]}" if stage in STEPS else f"] {stage} …"
     for line in process.stdout:
         if awaited in line:
             break
@@ -215,8 +281,8 @@ def test_two_ranks_see_the_same_batches_and_end_at_the_same_loss(
     )
     assert result.returncode == 0, result.stderr
     one, two = (
-        [row["train/loss"] for row in final_state(folder)["metrics"] if "train/loss" in row]
-        for folder in (finished, workspace)
+        [row["train/loss"] for stage in STEPS for row in metrics[stage] if "train/loss" in row]
+        for metrics in (final_state(folder)["metrics"] for folder in (finished, workspace))
     )
     assert two[0] == pytest.approx(one[0], rel=1e-6)
     assert two == pytest.approx(one, rel=1e-2)

@@ -3,6 +3,7 @@
 Nothing here imports torch: help and preflight read these classes on login nodes, in milliseconds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,8 +11,22 @@ from nanochat.errors import UsageError
 
 Variant = Literal["modern", "classic"]
 Remainders = Literal["keep", "drop"]
-StageName = Literal["corpus", "tokenizer", "tokenize", "base", "report"]
+StageName = Literal["corpus", "tokenizer", "tokenize", "base", "mid", "sft", "eval", "report"]
 ALL_STAGES: tuple[StageName, ...] = get_args(StageName)
+
+
+def stage_names(values: Sequence[str]) -> tuple[StageName, ...]:
+    """The stages named, one word each or joined by commas, in the order of the pipeline; all if none is.
+
+    Raises:
+        UsageError: one is not a stage.
+    """
+    named = [name for value in values for name in value.split(",") if name]
+    unknown = [name for name in named if name not in ALL_STAGES]
+    if unknown:
+        raise UsageError(f"there is no stage {unknown[0]!r}", f"choose of {','.join(ALL_STAGES)}")
+    return tuple(stage for stage in ALL_STAGES if stage in named) if named else ALL_STAGES
+
 
 # Channels that the smear gate and the value-embedding gates read (nanochat's gpt.py, 2026-07).
 SMEAR_GATE_CHANNELS = 24
@@ -118,7 +133,21 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainBaseConfig:
+class MachineConfig:
+    """How a stage uses the machine it runs on, and who may watch. What it trains does not depend on it."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. auto: the GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations and matmuls; weights and optimizer stay float32. auto: bfloat16 where it is fast."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. auto: on a GPU."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """W&B mode. auto: offline unless WANDB_MODE says otherwise."""
+
+
+@dataclass(frozen=True)
+class TrainBaseConfig(MachineConfig):
     """Pretraining. Leave a value out and the scaling rules choose it for the horizon that is actually run."""
 
     depth: int = 20
@@ -192,45 +221,18 @@ class TrainBaseConfig:
     log_every: int = 10
     """Steps between lines of metrics."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train. auto: the GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of activations and matmuls; weights and optimizer stay float32. auto: bfloat16 where it is fast."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: on a GPU."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """W&B mode. auto: offline unless WANDB_MODE says otherwise."""
-
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be trained with, naming the flag to change."""
-        horizons = {
-            "--num-steps": self.num_steps,
-            "--target-flops": self.target_flops,
-            "--target-epochs": self.target_epochs,
-            "--data-param-ratio": self.data_param_ratio,
-        }
-        given = [flag for flag, value in horizons.items() if value is not None]
-        if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} each set the horizon", "give one of them")
-        for flag in given:
-            value = horizons[flag]
-            if value is not None and value <= 0:
-                raise UsageError(f"{flag} is {value}: such a run would train nothing", f"give a positive {flag}")
-        for flag, count in {
-            "--device-batch-size": self.device_batch_size,
-            "--sequence-len": self.sequence_len,
-            "--lanes": self.lanes,
-            "--pool-size": self.pool_size,
-            "--log-every": self.log_every,
-            "--eval-tokens": self.eval_tokens,
-        }.items():
-            if count < 1:
-                raise UsageError(f"{flag} is {count}", f"give {flag} 1 or more")
-        if self.keep_checkpoints < 2:
-            raise UsageError(
-                f"--keep-checkpoints is {self.keep_checkpoints}: if the newest is damaged nothing is left",
-                "give --keep-checkpoints 2 or more",
-            )
+        _check_horizon(
+            {
+                "--num-steps": self.num_steps,
+                "--target-flops": self.target_flops,
+                "--target-epochs": self.target_epochs,
+                "--data-param-ratio": self.data_param_ratio,
+            }
+        )
+        _check_counts(self, "device_batch_size", "sequence_len", "lanes", "pool_size", "log_every", "eval_tokens")
+        _check_keep(self.keep_checkpoints)
 
     @property
     def tag(self) -> str:
@@ -239,7 +241,127 @@ class TrainBaseConfig:
         return self.model_tag or f"d{self.depth}{suffix}"
 
 
-# The demo trains in two minutes on two cores, so it is set for what a small model learns in few tokens: a small
+@dataclass(frozen=True)
+class TrainChatConfig:
+    """Training on conversations, from a checkpoint of the stage before, whose model and learning rates it continues."""
+
+    source: Literal["base", "mid"] = "base"
+    """The stage to continue from."""
+    tasks: tuple[str, ...] = ()
+    """Conversations: NAME, NAME:xN for N times all of them, NAME:N for N of them, or jsonl=FILE for your own."""
+    num_steps: int | None = None
+    """Horizon: optimizer steps. Default: from the passes."""
+    target_epochs: float | None = None
+    """Horizon: passes over the conversations, 1 if no other is given."""
+    total_batch_size: int | None = None
+    """Tokens per optimizer step over all devices. Default: from --batch-fraction."""
+    batch_fraction: float = 1.0
+    """Tokens per optimizer step as a fraction of the base model's, rounded to a power of two of rows."""
+    device_batch_size: int = 32
+    """Rows per forward pass on one device. Lower it when memory runs out; the result stays the same."""
+    lr_fraction: float = 1.0
+    """Peak learning rates as a fraction of the base model's, before the square-root rule for another batch."""
+    warmup_steps: int = 0
+    """Steps of linear learning-rate warm-up, at most a tenth of the horizon."""
+    warmdown_ratio: float = 0.5
+    """Share of the horizon over which the learning rate falls to zero."""
+    weight_decay: float = 0.0
+    """Weight decay of the block matrices."""
+    warm_start: bool = True
+    """Continue with the optimizer's momentum and variance of the stage before."""
+
+    seed: int = 42
+    """Decides the order of the conversations."""
+    lanes: int = 64
+    """Independent streams of rows. The number of devices must divide it; the result does not depend on them."""
+    pool_size: int = 256
+    """Conversations each lane chooses from when it packs a row."""
+
+    eval_every: int = 200
+    """Steps between validations; 0 validates at the end only."""
+    eval_tokens: int = 1_048_576
+    """Validation tokens, at most. The same rows every time, on any number of devices."""
+    sample_every: int = 0
+    """Steps between printed samples; 0 samples at the end only."""
+    save_every: int = 200
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep, at least 2: the newest may turn out damaged."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be trained with, naming the flag to change."""
+        _check_horizon({"--num-steps": self.num_steps, "--target-epochs": self.target_epochs})
+        _check_counts(self, "device_batch_size", "lanes", "pool_size", "log_every", "eval_tokens")
+        _check_keep(self.keep_checkpoints)
+        if not self.tasks:
+            raise UsageError("there are no --tasks: nothing would be trained", "for example --tasks smoltalk gsm8k")
+        for flag, value in {"--lr-fraction": self.lr_fraction, "--batch-fraction": self.batch_fraction}.items():
+            if value <= 0:
+                raise UsageError(f"{flag} is {value}: nothing would be learnt", f"give a positive {flag}")
+
+
+# Mixtures, schedules and learning rates of both stages start from karpathy/nanochat: mid as of 2025-11 (SmolTalk, the
+# auxiliary set of MMLU, GSM8K, spelling; constant rates, then a fifth of the horizon down to zero), SFT as of 2026-07
+# (rates × 0.8, falling over the last half).
+@dataclass(frozen=True)
+class TrainMidConfig(TrainChatConfig):
+    """Midtraining: the conversation format, tools and multiple choice, from many conversations."""
+
+    tasks: tuple[str, ...] = ("smoltalk", "mmlu", "gsm8k", "identity:x2", "spelling")
+    warmdown_ratio: float = 0.2
+
+
+@dataclass(frozen=True)
+class TrainSFTConfig(TrainChatConfig):
+    """Supervised finetuning: fewer conversations, closer to what is to be asked."""
+
+    tasks: tuple[str, ...] = ("smoltalk:10000", "arc-easy", "arc-challenge", "gsm8k", "identity:x2", "spelling:300")
+    source: Literal["base", "mid"] = "mid"
+    batch_fraction: float = 0.125
+    lr_fraction: float = 0.8
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What the models of a run are examined with."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of tasks. Default: those of the SFT mixture that have right answers."""
+    max_problems: int | None = None
+    """Of each task, at most this many problems, always the same ones. Default: all."""
+    max_new_tokens: int = 256
+    """Longest answer in free text."""
+    batch_size: int = 16
+    """Problems per forward pass on one device. Lower it when memory runs out; the result stays the same."""
+
+
+def _check_horizon(horizons: dict[str, float | None]) -> None:
+    given = {flag: value for flag, value in horizons.items() if value is not None}
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} each set the horizon", "give one of them")
+    for flag, value in given.items():
+        if value <= 0:
+            raise UsageError(f"{flag} is {value}: such a run would train nothing", f"give a positive {flag}")
+
+
+def _check_counts(config: object, *names: str) -> None:
+    for name in names:
+        flag, count = f"--{name.replace('_', '-')}", getattr(config, name)
+        if count < 1:
+            raise UsageError(f"{flag} is {count}", f"give {flag} 1 or more")
+
+
+def _check_keep(keep_checkpoints: int) -> None:
+    if keep_checkpoints < 2:
+        raise UsageError(
+            f"--keep-checkpoints is {keep_checkpoints}: if the newest is damaged nothing is left",
+            "give --keep-checkpoints 2 or more",
+        )
+
+
+# The demo trains in three minutes on two cores, so it is set for what a small model learns in few tokens: a small
 # vocabulary, a short context, small batches. benchmarks/LOG.md says what else was tried.
 DEMO_TOKENIZER = TokenizerConfig(vocab_size=4096)
 DEMO_BASE = TrainBaseConfig(
@@ -259,3 +381,26 @@ DEMO_BASE = TrainBaseConfig(
     eval_tokens=65_536,
     save_every=50,
 )
+DEMO_MID = TrainMidConfig(
+    tasks=("library", "library-kinds:x2", "arithmetic", "spelling", "identity:x4"),
+    num_steps=100,
+    lr_fraction=0.3,
+    device_batch_size=16,
+    lanes=8,
+    eval_every=0,
+    eval_tokens=65_536,
+    save_every=50,
+)
+DEMO_SFT = TrainSFTConfig(
+    tasks=("library:2000", "library-kinds", "arithmetic:1000", "spelling:1000", "identity:x4"),
+    num_steps=60,
+    batch_fraction=1.0,
+    lr_fraction=0.2,
+    device_batch_size=16,
+    lanes=8,
+    eval_every=0,
+    eval_tokens=65_536,
+    save_every=50,
+)
+DEMO_EVAL = EvalConfig(tasks=("library-kinds", "arithmetic", "spelling"), max_new_tokens=48)
+DEMO_QUESTION = "What does `os.path.join` do?"

@@ -8,29 +8,50 @@ after a crash, a time limit or a preemption.
 
 import dataclasses
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat.config import ALL_STAGES, StageName, TokenizerConfig, TrainBaseConfig
+from nanochat.checkpoint.store import KIND as CHECKPOINT_KIND
+from nanochat.checkpoint.store import checkpoint_folder, list_steps
+from nanochat.checkpoint.trained_model import load_trained_model
+from nanochat.config import (
+    ALL_STAGES,
+    EvalConfig,
+    StageName,
+    TokenizerConfig,
+    TrainBaseConfig,
+    TrainChatConfig,
+    TrainMidConfig,
+    TrainSFTConfig,
+)
 from nanochat.corpus.builtin import build_builtin_corpus
 from nanochat.corpus.local import build_local_corpus, find_text_files
 from nanochat.corpus.shards import open_corpus, read_texts
 from nanochat.errors import DataError, UsageError
+from nanochat.evaluation.chat_eval import evaluate_chat
+from nanochat.evaluation.results import results_path
 from nanochat.files import MANIFEST_NAME, fingerprint, read_json, read_manifest, verify_files, write_json
+from nanochat.loader.conversations import tokenize_conversations
+from nanochat.loader.token_shards import MANIFEST_KIND as TOKENS_KIND
 from nanochat.loader.token_shards import TOKENS_SUFFIX
 from nanochat.loader.tokenize import tokenize_corpus
 from nanochat.runtime import Runtime, barrier, from_main, run_on_main
+from nanochat.tasks.mixture import check_mixtures, mixture, mixture_fingerprint, parse_mixture
+from nanochat.tasks.registry import open_task
 from nanochat.tokenizer.evaluate import SAMPLES, as_json, evaluate_tokenizer
+from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tokenizer.train import train_tokenizer
 from nanochat.tracking.console import Console, format_bytes, format_count, format_seconds
 from nanochat.tracking.environment import describe_environment
-from nanochat.tracking.report import ReportStage, Section, render_report, write_section
-from nanochat.training.base import FREE_FIELDS, train_base
-from nanochat.training.checkpoint import KIND as CHECKPOINT_KIND
-from nanochat.training.checkpoint import checkpoint_folder
-from nanochat.workspace import Workspace, check_run_name
+from nanochat.tracking.metrics import Value
+from nanochat.tracking.report import ReportStage, Sample, Section, render_report, write_section
+from nanochat.training.base import train_base
+from nanochat.training.chat import SAMPLE_QUESTIONS, ChatStage, draw_answers, train_chat
+from nanochat.training.session import identity_fields
+from nanochat.workspace import CHECKPOINT_FOLDERS, Stage, Workspace, check_run_name
 
 FIX_CORPUS = "nanochat data builtin, or: nanochat data local FOLDER; for shards already there: nanochat data adopt"
 
@@ -46,7 +67,11 @@ class RunConfig:
         run: its name.
         data: `builtin`, `existing` (what is in base_data already), or a folder of text.
         tokenizer: how the tokenizer is trained.
-        base: how the base model is trained.
+        base: how the base model is trained, and how the machine is used, by all stages.
+        mid: how it is midtrained.
+        sft: how it is finetuned.
+        evaluation: what the models are examined with.
+        gpu_hour_price: what an hour of one GPU costs, for the report.
         workers: processes that tokenise; None for one per core.
     """
 
@@ -54,6 +79,10 @@ class RunConfig:
     data: str
     tokenizer: TokenizerConfig
     base: TrainBaseConfig
+    mid: TrainMidConfig = field(default_factory=TrainMidConfig)
+    sft: TrainSFTConfig = field(default_factory=TrainSFTConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    gpu_hour_price: float | None = None
     workers: int | None = None
 
 
@@ -64,7 +93,7 @@ class PipelineStage:
     Attributes:
         name: its name on the command line and in records.
         inputs: what decides its result, JSON-able: configuration and fingerprints.
-        run: do it, and return its outputs, JSON-able. Only `base` runs on every rank.
+        run: do it, and return its outputs, JSON-able.
         intact: whether outputs as recorded are still there.
         on_all_ranks: whether every rank takes part.
         always: run it every time, as it is cheap and must not be older than what it reads.
@@ -96,6 +125,8 @@ def run_pipeline(
     chosen = [stage for stage in build_stages(config, workspace, runtime) if stage.name in stages]
     if not chosen:
         raise UsageError("no stage was chosen", f"choose from {', '.join(ALL_STAGES)}")
+    # Found now, not when the hours of training before it are over.
+    run_on_main(lambda: check_mixtures(mixtures_of(config, stages), workspace.task_data))
     for index, stage in enumerate(chosen, start=1):
         with console.stage(index, len(chosen), stage.name):
             _run_stage(stage, record_path(workspace, config.run, stage.name), runtime, console)
@@ -172,6 +203,28 @@ def build_stages(config: RunConfig, workspace: Workspace, runtime: Runtime) -> l
     def tokens() -> str:
         return manifest_fingerprint(workspace.tokens, "tokens", "nanochat data tokenize")
 
+    def trained(outputs: dict[str, Any]) -> bool:
+        folder = checkpoint_folder(workspace.root / outputs["checkpoints"], outputs["steps"])
+        return is_intact(folder, CHECKPOINT_KIND, outputs["fingerprint"])
+
+    def chat_stage(name: ChatStage, chat: TrainChatConfig) -> PipelineStage:
+        def run() -> dict[str, Any]:
+            run_on_main(lambda: conversations_stage(name, chat.tasks, config.base.sequence_len, workspace, Console()))
+            return train_chat(name, chat, config.base, config.run, config.base.tag, workspace, runtime)
+
+        return PipelineStage(
+            name,
+            inputs=lambda: {
+                "source": newest_fingerprints(workspace, config.base.tag).get(chat.source),
+                "tokenizer": tokenizer(),
+                "conversations": mixture_fingerprint(chat.tasks, workspace.task_data),
+                **identity_fields(dataclasses.asdict(chat)),
+            },
+            run=run,
+            intact=trained,
+            on_all_ranks=True,
+        )
+
     return [
         PipelineStage(
             "corpus",
@@ -198,14 +251,24 @@ def build_stages(config: RunConfig, workspace: Workspace, runtime: Runtime) -> l
             "base",
             inputs=lambda: {
                 "tokens": tokens(),
-                **{name: value for name, value in dataclasses.asdict(config.base).items() if name not in FREE_FIELDS},
+                **identity_fields(dataclasses.asdict(config.base)),
             },
             run=lambda: train_base(config.base, config.run, workspace, runtime),
-            intact=lambda outputs: is_intact(
-                checkpoint_folder(workspace.root / outputs["checkpoints"], outputs["steps"]),
-                CHECKPOINT_KIND,
-                outputs["fingerprint"],
-            ),
+            intact=trained,
+            on_all_ranks=True,
+        ),
+        chat_stage("mid", config.mid),
+        chat_stage("sft", config.sft),
+        PipelineStage(
+            "eval",
+            inputs=lambda: {
+                "checkpoints": newest_fingerprints(workspace, config.base.tag),
+                **{
+                    name: value for name, value in dataclasses.asdict(config.evaluation).items() if name != "batch_size"
+                },
+            },
+            run=lambda: eval_stage(config, workspace, runtime),
+            intact=lambda outputs: all((workspace.root / name).is_file() for name in outputs["results"]),
             on_all_ranks=True,
         ),
         PipelineStage(
@@ -340,9 +403,121 @@ def tokenize_stage(workspace: Workspace, workers: int | None) -> dict[str, Any]:
     return {"fingerprint": manifest["fingerprint"]}
 
 
+def mixtures_of(config: RunConfig, stages: Collection[StageName]) -> list[tuple[str, ...]]:
+    """The mixtures that the chosen stages train on."""
+    return [chat.tasks for name, chat in (("mid", config.mid), ("sft", config.sft)) if name in stages]
+
+
+def newest_fingerprints(workspace: Workspace, model_tag: str) -> dict[Stage, str]:
+    """The fingerprints of a model's newest checkpoints, by stage, of the stages that have one."""
+    found: dict[Stage, str] = {}
+    for stage in CHECKPOINT_FOLDERS:
+        folder = workspace.checkpoints(stage, model_tag)
+        if steps := list_steps(folder):
+            found[stage] = manifest_fingerprint(
+                checkpoint_folder(folder, steps[-1]), CHECKPOINT_KIND, f"nanochat train {stage}"
+            )
+    return found
+
+
+def conversations_stage(
+    stage: ChatStage, tasks: tuple[str, ...], sequence_len: int, workspace: Workspace, console: Console
+) -> str:
+    """Turn a stage's conversations into token shards, unless they are there. Returns their fingerprint."""
+    folder = workspace.conversation_tokens(stage)
+    tokenizer = Tokenizer.load(workspace.tokenizer)
+    made_from = {"tasks": list(tasks), "fingerprint": mixture_fingerprint(tasks, workspace.task_data)}
+    fix = f"nanochat data conversations {stage}"
+    if (folder / MANIFEST_NAME).exists():
+        with suppress(DataError):
+            manifest = read_manifest(folder, TOKENS_KIND, fix)
+            verify_files(folder, manifest["files"], fix)
+            about = (manifest.get("made_from"), manifest.get("sequence_len"), manifest["tokenizer"]["fingerprint"])
+            if about == (made_from, sequence_len, tokenizer.fingerprint):
+                return str(manifest["fingerprint"])
+    manifest = tokenize_conversations(
+        {
+            "train": mixture(tasks, workspace.task_data, "train"),
+            "val": mixture(tasks, workspace.task_data, "test"),
+        },
+        tokenizer,
+        folder,
+        sequence_len=sequence_len,
+        made_from=made_from,
+        fix=f"{fix}, with other --tasks or a longer --sequence-len",
+    )
+    totals = manifest["totals"]["train"]
+    console.info(
+        f"{format_count(totals['documents'])} conversations, {format_count(totals['tokens'])} tokens, "
+        f"{totals['trained_tokens'] / totals['tokens']:.0%} of them trained on; {totals['cut']} cut to the context, "
+        f"{totals['left_out']} left out"
+    )
+    return str(manifest["fingerprint"])
+
+
+def eval_stage(config: RunConfig, workspace: Workspace, runtime: Runtime) -> dict[str, Any]:
+    """Examine what every stage made with the same problems, and let it answer the same questions."""
+    started = time.time()
+    console = Console(enabled=runtime.is_main)
+    entries = config.evaluation.tasks or config.sft.tasks
+    names = dict.fromkeys(parsed.task for parsed in parse_mixture(entries))
+    tasks = [task for name in names if (task := open_task(name, workspace.task_data)).kind != "talk"]
+    compared: dict[str, dict[str, Value]] = {}
+    samples: list[Sample] = []
+    files = []
+    stages: list[Stage] = ["base", "mid", "sft"]
+    for stage in [stage for stage in stages if list_steps(workspace.checkpoints(stage, config.base.tag))]:
+        console.info(f"{stage}:")
+        trained = load_trained_model(workspace, stage, config.base.tag, runtime, console)
+        content = evaluate_chat(
+            trained,
+            tasks,
+            workspace,
+            runtime,
+            batch_size=config.evaluation.batch_size,
+            max_problems=config.evaluation.max_problems,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            console=console,
+        )
+        files.append(str(results_path(workspace, trained, "chat").relative_to(workspace.root)))
+        compared[stage] = summary_of(content)
+        if runtime.is_main:
+            answers = draw_answers(trained.model, trained.tokenizer)
+            samples += [Sample(f"{stage.upper()}: {answer['prompt']}", answer["text"]) for answer in answers]
+    if runtime.is_main:
+        # All answers to a question side by side.
+        num_questions = len(SAMPLE_QUESTIONS)
+        samples = [sample for place in range(num_questions) for sample in samples[place::num_questions]]
+        section = Section(
+            title="Evaluation",
+            figures={f"Chance, {task.name}": f"{task.chance:.1%}" for task in tasks},
+            config=dataclasses.asdict(config.evaluation),
+            notes=[
+                "Accuracies on problems that no stage has trained on, with 95 % intervals (Wilson).",
+                "Mean centred accuracy: over the tasks, guessing is 0 and knowing everything is 1.",
+            ],
+            samples=samples,
+            compared=compared,
+            gpus=runtime.num_gpus,
+            seconds=time.time() - started,
+        )
+        _report(workspace, "eval", section)
+    return {"results": files}
+
+
+def summary_of(content: dict[str, Any]) -> dict[str, Value]:
+    """The results of one checkpoint as lines of the report's summary."""
+    lines: dict[str, Value] = {
+        f"{name} (n = {result['n']})": f"{result['accuracy']:.1%} [{result['low']:.1%}, {result['high']:.1%}]"
+        for name, result in content["results"].items()
+    }
+    mean, error = content["mean_centred"], content["mean_centred_error"]
+    return {**lines, "Mean centred accuracy": f"{mean:.3f} ± {error:.3f}"}
+
+
 def report_stage(config: RunConfig, workspace: Workspace) -> dict[str, Any]:
     """Render the report from what the stages stored."""
-    path = render_report(workspace.report, config.run)
+    path = render_report(workspace.report, config.run, config.gpu_hour_price)
     seconds = sum(
         read_json(record_path(workspace, config.run, stage))["seconds"]
         for stage in ALL_STAGES

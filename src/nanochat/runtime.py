@@ -40,6 +40,11 @@ class Runtime:
         """Whether this rank speaks, logs and writes."""
         return self.rank == 0
 
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that all ranks hold together."""
+        return self.world_size if self.device.type == "cuda" else 0
+
 
 def cpu_has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is emulated and slower than float32."""

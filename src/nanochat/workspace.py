@@ -81,9 +81,23 @@ class Workspace:
         return self.root / "tokens"
 
     @property
+    def task_data(self) -> Path:
+        """Data sets of conversations and problems as the hub has them, one folder each."""
+        return self.root / "task_data"
+
+    def conversation_tokens(self, stage: Stage) -> Path:
+        """Memory-mapped token shards of the conversations that a stage trains on."""
+        return self.root / "conversation_tokens" / stage
+
+    @property
     def tokenizer(self) -> Path:
         """The trained tokenizer, as data."""
         return self.root / "tokenizer"
+
+    @property
+    def eval_bundle(self) -> Path:
+        """nanochat's evaluation bundle, unpacked: `core.yaml`, `eval_meta_data.csv`, `eval_data/`."""
+        return self.root / "eval_bundle"
 
     @property
     def report(self) -> Path:
@@ -107,3 +121,7 @@ class Workspace:
     def checkpoints(self, stage: Stage, model_tag: str) -> Path:
         """The folder of one model's `step_NNNNNN/` checkpoints of one stage."""
         return self.root / CHECKPOINT_FOLDERS[stage] / check_name(model_tag, "model tag")
+
+    def evaluations(self, stage: Stage, model_tag: str) -> Path:
+        """The folder of one model's evaluation results of one stage."""
+        return self.root / "evaluations" / stage / check_name(model_tag, "model tag")

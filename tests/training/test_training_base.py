@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from distributed import run_distributed
+from nanochat.checkpoint.store import CheckpointNotSavedError, list_steps, load_checkpoint
 from nanochat.config import TrainBaseConfig
 from nanochat.errors import DataError, NanochatError, StoppedForRequeueError, UsageError
 from nanochat.files import lock_folder
@@ -25,8 +26,8 @@ from nanochat.model.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.tokenizer.train import train_tokenizer
 from nanochat.tracking.metrics import MetricsLog, read
-from nanochat.training.base import metrics_path, train_base
-from nanochat.training.checkpoint import CheckpointNotSavedError, list_steps, load_checkpoint
+from nanochat.training.base import train_base
+from nanochat.training.session import metrics_path
 from nanochat.workspace import Workspace
 from toolchain import needs_compiler
 
@@ -62,7 +63,7 @@ def results(workspace: Workspace) -> list[dict[str, Any]]:
     """The metrics without what a clock decides."""
     return [
         {key: value for key, value in row.items() if not key.startswith(CLOCKED)}
-        for row in read(metrics_path(workspace, RUN, "tiny"))
+        for row in read(metrics_path(workspace, RUN, "base", "tiny"))
     ]
 
 
@@ -161,7 +162,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights_and_metrics(
     prepared_workspace: Workspace, undisturbed: Workspace
 ) -> None:
     chance = random.Random(0)
-    metrics = metrics_path(prepared_workspace, RUN, "tiny")
+    metrics = metrics_path(prepared_workspace, RUN, "base", "tiny")
     here = str(Path(__file__).parent)
     paths = os.pathsep.join([here, str(Path(here).parent)])
     command = [sys.executable, "-c", TRAINER, str(prepared_workspace.root), here]

@@ -57,6 +57,8 @@ class Section:
         plots: pictures, as file names in the report's folder.
         samples: prompts with what the model answered.
         summary: figures to compare across stages; each stage is a column of the summary table.
+        compared: the same about other stages, by their names.
+        gpus: how many GPUs the stage held.
         seconds: wall clock of the stage.
         notes: sentences worth a reader's attention.
         environment: `describe_environment()` on the machine that ran the stage.
@@ -71,14 +73,21 @@ class Section:
     plots: list[Plot] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     summary: dict[str, Value] = field(default_factory=dict)
+    compared: dict[str, dict[str, Value]] = field(default_factory=dict)
+    gpus: int = 0
     seconds: float | None = None
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(_is_text(self.title) and self.title.strip() != "", "title must be a text")
-        for name in ("figures", "summary"):
-            table = getattr(self, name)
+        _require(
+            isinstance(self.compared, dict) and self.compared.keys() <= set(STAGES),
+            "compared must map stages to tables",
+        )
+        _require(isinstance(self.gpus, int) and self.gpus >= 0, "gpus must be a number of GPUs")
+        tables = {"figures": self.figures, "summary": self.summary, **self.compared}
+        for name, table in tables.items():
             _require(_has_text_keys(table), f"{name} must map labels to values")
             _require(
                 all(isinstance(value, Value) for value in table.values()),
@@ -156,8 +165,13 @@ def read_sections(report_folder: Path) -> dict[ReportStage, Section]:
     return sections
 
 
-def render_report(report_folder: Path, run: str) -> Path:
+def render_report(report_folder: Path, run: str, gpu_hour_price: float | None = None) -> Path:
     """Write `report.md` from the sections in `report_folder/sections`. Returns the file.
+
+    Args:
+        report_folder: where the sections are.
+        run: the run's name, for the title.
+        gpu_hour_price: what an hour of one GPU costs, to tell what the stages cost.
 
     The environment shown first is that of the last training stage that recorded its own, since a report is
     often rendered on another machine than the one that trained.
@@ -174,7 +188,7 @@ def render_report(report_folder: Path, run: str) -> Path:
         *_environment_table(_environment_of(sections)),
         *_summary(sections),
         "## Wall clock",
-        *_wall_clock(sections),
+        *_wall_clock(sections, gpu_hour_price),
     ]
     for section in sections.values():
         blocks += _section_blocks(report_folder, section)
@@ -220,9 +234,14 @@ def _label(name: str) -> str:
 
 
 def _summary(sections: Mapping[ReportStage, Section]) -> list[str]:
-    columns = {
-        stage: section.summary for stage, section in sections.items() if stage in TRAINING_STAGES or section.summary
+    columns: dict[str, dict[str, Value]] = {
+        stage: dict(section.summary)
+        for stage, section in sections.items()
+        if stage in TRAINING_STAGES or section.summary
     }
+    for section in sections.values():
+        for stage, figures in section.compared.items():
+            columns.setdefault(stage, {}).update(figures)
     # A dictionary, as an ordered set: metrics in the order in which the stages first name them.
     metrics = {metric: None for summary in columns.values() for metric in summary}
     if not metrics:
@@ -234,13 +253,26 @@ def _summary(sections: Mapping[ReportStage, Section]) -> list[str]:
     return ["## Summary", _table(("Metric", *(stage.upper() for stage in columns)), rows)]
 
 
-def _wall_clock(sections: Mapping[ReportStage, Section]) -> list[str]:
+def _wall_clock(sections: Mapping[ReportStage, Section], gpu_hour_price: float | None) -> list[str]:
+    """Time per stage and, where GPUs were held, their hours and what those cost."""
+    header = ["Stage", "Time"]
+    timed = [(section, section.seconds or 0.0) for section in sections.values()]
     rows = [
-        (section.title, MISSING if section.seconds is None else format_seconds(section.seconds))
+        [section.title, MISSING if section.seconds is None else format_seconds(section.seconds)]
         for section in sections.values()
     ]
-    total = sum(section.seconds for section in sections.values() if section.seconds is not None)
-    return [_table(("Stage", "Time"), [*rows, ("Total", format_seconds(total))])]
+    rows.append(["Total", format_seconds(sum(seconds for _, seconds in timed))])
+    if any(section.gpus for section in sections.values()):
+        hours = [section.gpus * seconds / 3600 for section, seconds in timed]
+        hours.append(sum(hours))
+        header.append("GPU hours")
+        for row, value in zip(rows, hours, strict=True):
+            row.append(f"{value:.2f}")
+        if gpu_hour_price is not None:
+            header.append(f"Cost at {gpu_hour_price:g} per GPU hour")
+            for row, value in zip(rows, hours, strict=True):
+                row.append(f"{value * gpu_hour_price:,.2f}")
+    return [_table(header, rows)]
 
 
 def _section_blocks(report_folder: Path, section: Section) -> list[str]:

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
+from nanochat.checkpoint.store import CheckpointNotSavedError, save_checkpoint
 from nanochat.errors import NanochatError, StoppedForRequeueError, StoppedWithMainError
 from nanochat.loader.batches import BatchLoader, merge_states
 from nanochat.model.gpt import GPT
+from nanochat.model.loss import IGNORED_TARGET
 from nanochat.optim.optimizer import ShardedOptimizer
 from nanochat.optim.schedules import StepSchedule
 from nanochat.runtime import (
@@ -37,8 +39,8 @@ from nanochat.runtime import (
 from nanochat.tracking.console import Console, format_count, format_fields, format_seconds
 from nanochat.tracking.metrics import MetricsLog, read
 from nanochat.tracking.wandb_run import WandbRun
-from nanochat.training.checkpoint import CheckpointNotSavedError, save_checkpoint
 from nanochat.training.stopping import StopRequest
+from nanochat.workspace import Stage as StageName
 
 # A single overflow is skipped and counted; this many in a row mean that the run has diverged.
 MOST_SKIPS_IN_A_ROW = 10
@@ -92,7 +94,7 @@ class Stage:
         config: the resolved configuration, stored in every checkpoint.
     """
 
-    name: str
+    name: StageName
     model: GPT
     forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     optimizer: ShardedOptimizer
@@ -255,10 +257,15 @@ def _forward_backward(stage: Stage, runtime: Runtime, stop: StopRequest) -> tupl
     started = time.perf_counter()
     micro_batches = stage.loader.next_step()
     data_seconds = time.perf_counter() - started
+    # The mean is over all targets of the global batch. A mean of the micro-batches' own means would count a target for
+    # more where there are few of them, as in conversations of which only the answers are trained on.
+    num_targets = torch.stack([(targets_BT != IGNORED_TARGET).sum() for _, targets_BT in micro_batches]).sum()
+    share = runtime.world_size / sum_over_ranks(num_targets).clamp(min=1)
     totals = torch.zeros(2, device=runtime.device)
     for inputs_BT, targets_BT in micro_batches:
         try:
-            loss = stage.forward(inputs_BT, targets_BT) / len(micro_batches)
+            # Scaled by the world size, because the gradients are averaged over the ranks.
+            loss = stage.forward(inputs_BT, targets_BT) * share
             loss.backward()  # type: ignore[no-untyped-call]  # torch ships this method without annotations.
         except torch.OutOfMemoryError:
             raise NanochatError(

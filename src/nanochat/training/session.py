@@ -1,0 +1,271 @@
+"""What surrounds the loop in every stage: the checkpoint to carry on from, who watches, and what is reported."""
+
+import functools
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nanochat.checkpoint.store import Checkpoint
+from nanochat.checkpoint.trained_model import newest_checkpoint
+from nanochat.errors import DataError, NanochatError, UsageError
+from nanochat.files import read_manifest
+from nanochat.loader.batches import BatchLoader, LoaderStatistics
+from nanochat.loader.token_shards import MANIFEST_KIND, TokenDataset
+from nanochat.runtime import Runtime, gather_from_ranks, run_on_main
+from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.tracking.console import Console, format_seconds
+from nanochat.tracking.environment import describe_environment
+from nanochat.tracking.metrics import MetricsLog, Value, read, series
+from nanochat.tracking.plots import plot_curves
+from nanochat.tracking.report import Plot, Sample, Section, write_section
+from nanochat.tracking.wandb_run import start_wandb
+from nanochat.training.loop import Cadence, Progress, ResumePoint, Stage, Trackers, TrainingResult, train
+from nanochat.workspace import Stage as StageName
+from nanochat.workspace import Workspace, check_name
+
+# Fields that may differ between a checkpoint and the run that resumes it: how fast it computes and how often it looks,
+# not what it computes.
+FREE_FIELDS = frozenset(
+    {"device_batch_size", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "log_every"}
+    | {"device", "dtype", "compile", "wandb"}
+)
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a stage reads, opened and verified."""
+
+    tokenizer: Tokenizer
+    train: TokenDataset
+    val: TokenDataset
+
+    @classmethod
+    def open(cls, workspace: Workspace, folder: Path, fix: str) -> "TrainingInputs":
+        """Open the tokenizer and a folder of token shards; `fix` is the command that makes the latter.
+
+        Raises:
+            DataError: something is missing, damaged, or made with another tokenizer.
+        """
+        tokenizer = Tokenizer.load(workspace.tokenizer)
+        made_with = read_manifest(folder, MANIFEST_KIND, fix)["tokenizer"]["fingerprint"]
+        if made_with != tokenizer.fingerprint:
+            raise DataError(
+                f"{folder} was made with tokenizer {made_with}, {workspace.tokenizer} is {tokenizer.fingerprint}",
+                fix,
+            )
+
+        def splits(checksums: bool) -> list[TokenDataset]:
+            return [TokenDataset.open(folder, split, fix=fix, checksums=checksums) for split in ("train", "val")]
+
+        # Every byte is checked once, by one rank, before anything is trained on it.
+        verified = run_on_main(lambda: splits(checksums=True))
+        return cls(tokenizer, *(verified or splits(checksums=False)))
+
+
+def identity_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide the weights: all but `FREE_FIELDS`."""
+    return {name: value for name, value in fields.items() if name not in FREE_FIELDS}
+
+
+def metrics_path(workspace: Workspace, run: str, stage: StageName, model_tag: str) -> Path:
+    """Where the metrics of one stage of one model are logged."""
+    return workspace.run(run) / stage / check_name(model_tag, "model tag") / "metrics.jsonl"
+
+
+def checkpoint_to_resume(
+    folder: Path, resolved: Mapping[str, Any], runtime: Runtime, console: Console
+) -> Checkpoint | None:
+    """The checkpoint to carry on from, if there is one.
+
+    Raises:
+        UsageError: it belongs to another run, or was made with settings that would train something else.
+        DataError: there are checkpoints and none is whole.
+    """
+
+    def check(found: Checkpoint) -> None:
+        _refuse_other_run(found, resolved, folder)
+        console.info(f"carrying on from {found.folder.name} in {folder}")
+
+    return newest_checkpoint(folder, runtime, console, check=check)
+
+
+def resume_point(checkpoint: Checkpoint | None) -> ResumePoint | None:
+    """What the loop restores. Not the checkpoint itself, whose tensors would stay in memory a second time."""
+    if checkpoint is None:
+        return None
+    progress = Progress(**checkpoint.state["progress"])
+    return ResumePoint(progress, checkpoint.state["random"], checkpoint.fingerprint)
+
+
+def device_rows(rows_per_step: int, device_batch_size: int, runtime: Runtime, console: Console) -> int:
+    """Rows per forward pass: what was asked for, or the largest divisor of this rank's share below it."""
+    rows = max(1, rows_per_step // runtime.world_size)
+    fitting = max(size for size in range(1, min(device_batch_size, rows) + 1) if rows % size == 0)
+    if fitting <= min(device_batch_size, rows) // 2:
+        console.warning(f"{rows} rows per device divide into passes of {fitting} only; a rounder batch would be faster")
+    return fitting
+
+
+def train_tracked(
+    stage: Stage,
+    cadence: Cadence,
+    resumed: ResumePoint | None,
+    *,
+    metrics_file: Path,
+    wandb_mode: Literal["auto", "online", "offline", "disabled"],
+    workspace: Workspace,
+    runtime: Runtime,
+    console: Console,
+) -> tuple[TrainingResult, LoaderStatistics]:
+    """Train with metrics and W&B open, and close both however it ends.
+
+    Returns:
+        How it ended, and what all ranks' loaders delivered.
+    """
+    with stage.loader:
+        if runtime.is_main:
+            with MetricsLog(metrics_file) as metrics:
+                result = _train_watched(stage, cadence, resumed, metrics, wandb_mode, workspace, runtime, console)
+        else:
+            result = train(stage, cadence, runtime, Trackers(console), resumed)
+        return result, _delivered(stage.loader)
+
+
+def _train_watched(
+    stage: Stage,
+    cadence: Cadence,
+    resumed: ResumePoint | None,
+    metrics: MetricsLog,
+    wandb_mode: Literal["auto", "online", "offline", "disabled"],
+    workspace: Workspace,
+    runtime: Runtime,
+    console: Console,
+) -> TrainingResult:
+    wandb = start_wandb(
+        run_name=stage.config["run"],
+        stage=stage.name,
+        config=stage.config,
+        folder=workspace.wandb,
+        mode=wandb_mode,
+    )
+    exit_code = 1
+    try:
+        result = train(stage, cadence, runtime, Trackers(console, metrics, wandb), resumed)
+        wandb.summary({f"final/{name}": value for name, value in result.evaluation.items()})
+        exit_code = 0
+    except NanochatError as error:
+        exit_code = error.exit_code
+        raise
+    finally:
+        wandb.finish(exit_code)
+    return result
+
+
+def _delivered(loader: BatchLoader) -> LoaderStatistics:
+    delivered: list[LoaderStatistics] = gather_from_ranks(loader.statistics())
+    return functools.reduce(operator.add, delivered)
+
+
+def result_figures(stage: Stage, result: TrainingResult, runtime: Runtime) -> dict[str, Value]:
+    """What every stage has to say of its training, for the report."""
+    progress = result.progress
+    tokens = progress.step * stage.tokens_per_step
+    return {
+        "Steps": progress.step,
+        "Tokens per step": stage.tokens_per_step,
+        "Training tokens": tokens,
+        "Training FLOPs": f"{tokens * stage.flops_per_token:.3e}",
+        "Skipped steps": progress.skipped_steps,
+        "Training time": format_seconds(progress.seconds),
+        "Tokens per second": round(tokens / progress.seconds),
+        "Peak memory (MiB)": result.peak_memory_bytes // 2**20,
+        "Devices": f"{runtime.world_size} × {runtime.device.type}, {stage.config['dtype']}",
+        "Validation bits per byte": round(result.evaluation["val/bpb"], 4),
+    }
+
+
+def write_training_section(
+    stage: Stage,
+    result: TrainingResult,
+    *,
+    title: str,
+    figures: dict[str, Value],
+    baseline: dict[str, float],
+    summary: dict[str, Value],
+    metrics_file: Path,
+    workspace: Workspace,
+    gpus: int,
+    seconds: float,
+) -> None:
+    """Draw a stage's plots and store its section of the report."""
+    rows = read(metrics_file)
+    name = stage.name
+    plot_curves(
+        workspace.report / f"{name}_loss.png",
+        {"loss": series(rows, "train/loss"), "smoothed loss": series(rows, "train/smoothed_loss")},
+        title="Training loss",
+        xlabel="step",
+        ylabel="nats per token",
+    )
+    plot_curves(
+        workspace.report / f"{name}_bpb.png",
+        {"validation": series(rows, "val/bpb")},
+        title="Validation bits per byte",
+        xlabel="step",
+        ylabel="bits per byte",
+        baseline=baseline,
+    )
+    plot_curves(
+        workspace.report / f"{name}_lr.png",
+        {
+            "learning rate": series(rows, "train/lr_multiplier"),
+            "Muon momentum": series(rows, "train/muon_momentum"),
+        },
+        title="Schedules",
+        xlabel="step",
+        ylabel="fraction of the peak / momentum",
+    )
+    write_section(
+        workspace.report,
+        stage.name,
+        Section(
+            title=title,
+            figures=figures,
+            config={key: value for key, value in stage.config.items() if key not in ("identity", "environment")},
+            plots=[
+                Plot(f"{name}_loss.png", "Training loss"),
+                Plot(f"{name}_bpb.png", "Validation bits per byte"),
+                Plot(f"{name}_lr.png", "Learning rate and momentum"),
+            ],
+            samples=[Sample(**sample) for sample in result.samples],
+            summary=summary,
+            gpus=gpus,
+            seconds=seconds,
+            environment=describe_environment(),
+        ),
+    )
+
+
+def _refuse_other_run(found: Checkpoint, resolved: Mapping[str, Any], folder: Path) -> None:
+    """A checkpoint continues only the run that it belongs to.
+
+    Under another name it would look as if that run had been trained, without a step of its own.
+    """
+    if found.config["run"] != resolved["run"]:
+        raise UsageError(
+            f"{folder} belongs to the run {found.config['run']!r}",
+            f"choose another --model-tag, or carry on with --run {found.config['run']}",
+        )
+    before, identity = found.config["identity"], resolved["identity"]
+    changed = [
+        f"{name} {before.get(name)} → {identity.get(name)}"
+        for name in sorted(before.keys() | identity.keys())
+        if before.get(name) != identity.get(name)
+    ]
+    if changed:
+        raise UsageError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)[:400]})",
+            "choose another --model-tag, or use the same settings to carry on",
+        )
