@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from tyro.conf import OmitArgPrefixes
+
 from nanochat.commands import COMMANDS
 
 PAGE = Path(__file__).parent / "reference" / "commands.md"
@@ -54,6 +56,7 @@ class Flag:
     default: Any
     meaning: str
     positional: bool = False
+    prefix: str = ""
 
 
 def flag_names(run: Callable[..., None]) -> list[Flag]:
@@ -61,25 +64,41 @@ def flag_names(run: Callable[..., None]) -> list[Flag]:
     return [
         flag
         for parameter in _parameters(run)
-        for flag in (_fields(parameter.type) if dataclasses.is_dataclass(parameter.type) else [parameter])
+        for flag in (_settings(parameter) if dataclasses.is_dataclass(parameter.type) else [parameter])
     ]
 
 
+def _settings(parameter: Flag) -> list[Flag]:
+    return [dataclasses.replace(flag, name=f"{parameter.prefix}{flag.name}") for flag in _fields(parameter.type)]
+
+
 def _parameters(run: Callable[..., None]) -> Iterator[Flag]:
-    hints, meanings = get_type_hints(run), _argument_docs(run)
+    hints, annotations = get_type_hints(run), get_type_hints(run, include_extras=True)
+    meanings = _argument_docs(run)
     for name, parameter in inspect.signature(run).parameters.items():
         positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
-        yield Flag(name, hints[name], parameter.default, meanings.get(name, ""), positional)
+        prefix = _prefix(name, annotations[name])
+        yield Flag(name, hints[name], parameter.default, meanings.get(name, ""), positional, prefix)
+
+
+def _prefix(name: str, annotation: Any) -> str:
+    """What stands before the flags of settings: their parameter's name, unless tyro is told otherwise."""
+    marks = getattr(annotation, "__metadata__", ())
+    if any(mark in marks for mark in OmitArgPrefixes[int].__metadata__):
+        return ""
+    renamed = [mark.name for mark in marks if getattr(mark, "name", None)]
+    return f"{(renamed or [name])[0]}."
 
 
 def _fields(kind: Any) -> list[Flag]:
-    """The fields of a dataclass with the docstrings that stand below them."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(body, ast.ClassDef)
+    """The fields of a dataclass with the docstrings that stand below them, there or in a class it inherits from."""
     meanings: dict[str, str] = {}
-    for field, below in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            meanings[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    for owner in reversed([owner for owner in kind.__mro__ if dataclasses.is_dataclass(owner)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, below in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+                meanings[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
     hints = get_type_hints(kind)
     return [
         Flag(field.name, hints[field.name], field.default, meanings.get(field.name, ""))
@@ -103,14 +122,18 @@ def _argument_docs(run: Callable[..., None]) -> dict[str, str]:
 def _command(name: str, run: Callable[..., None]) -> str:
     parameters = list(_parameters(run))
     own = [parameter for parameter in parameters if not dataclasses.is_dataclass(parameter.type)]
-    shared = [parameter.type.__name__ for parameter in parameters if parameter not in own]
+    shared = [parameter for parameter in parameters if parameter not in own]
     usage = " ".join(["nanochat", name, *(p.name.upper() for p in own if p.positional)])
     blocks = [f"## nanochat {name}", _prose(run), f"```text\n{usage}{' [flags]' if parameters else ''}\n```"]
     if own:
         blocks.append(_table([_row(flag) for flag in own]))
     if shared:
-        links = " and ".join(f"[{kind}](#{kind.lower()})" for kind in shared)
-        blocks.append(f"And the flags of {links}.")
+        links = [
+            f"[{settings.type.__name__}](#{settings.type.__name__.lower()})"
+            + (f", each after `--{settings.prefix}`" if settings.prefix else "")
+            for settings in shared
+        ]
+        blocks.append(f"And the flags of {'; of '.join(links)}.")
     return "\n\n".join(blocks)
 
 

@@ -89,6 +89,7 @@ def final_state(workspace: Path) -> dict[str, Any]:
             "tokens/*.npy",
             "conversation_tokens/*/*.npy",
             "*_checkpoints/*/*/*.safetensors",
+            "evaluations/*/*/*.json",
         )
         for path in sorted(workspace.glob(pattern))
     }
@@ -99,13 +100,8 @@ def final_state(workspace: Path) -> dict[str, Any]:
         ]
         for stage in STEPS
     }
-    # A checkpoint's own fingerprint covers how long it took.
-    evaluations = {
-        path.name: {key: value for key, value in json.loads(path.read_text()).items() if key != "checkpoint"}
-        for path in sorted(workspace.glob("evaluations/*/*/*.json"))
-    }
     compared = json.loads((workspace / "report/sections/eval.json").read_text())["compared"]
-    return {"files": digests, "metrics": metrics, "evaluations": evaluations, "compared": compared}
+    return {"files": digests, "metrics": metrics, "compared": compared}
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +153,72 @@ def test_chat_stages_continue_from_a_finished_base(
     second = run_command(*FLAGS, *data, "--stages", "mid,sft,eval,report", workspace=workspace)
     assert second.returncode == 0, second.stderr
     assert final_state(workspace) == final_state(finished)
+
+
+def test_a_base_model_that_was_trained_again_alike_changes_nothing_after_it(
+    finished: Path, run_command: Run, text_folder: Path, tmp_path: Path
+) -> None:
+    workspace = Path(shutil.copytree(finished, tmp_path / "copy"))
+    shutil.rmtree(workspace / "base_checkpoints")
+    result = run_command(*FLAGS, "--data", str(text_folder), workspace=workspace)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("already done") == len(ALL_STAGES) - 2
+    assert final_state(workspace) == final_state(finished)
+
+
+def test_a_chat_model_is_never_built_on_another_base_than_it_began_with(
+    finished: Path, run_command: Run, text_folder: Path, tmp_path: Path
+) -> None:
+    workspace = Path(shutil.copytree(finished, tmp_path / "copy"))
+    shutil.rmtree(workspace / "base_checkpoints")
+    result = run_command(*FLAGS, "--data", str(text_folder), "--matrix-lr", "0.01", workspace=workspace)
+    assert result.returncode == 2
+    assert "mid_checkpoints/d2 holds a run with other settings" in result.stderr
+    assert "source_checkpoint" in result.stderr
+
+
+def test_own_conversations_alone_make_a_chat_model(
+    finished: Path, run_command: Run, text_folder: Path, tmp_path: Path
+) -> None:
+    workspace = Path(shutil.copytree(finished, tmp_path / "copy"))
+    for folder in ("mid_checkpoints", "chatsft_checkpoints"):
+        shutil.rmtree(workspace / folder)
+    own = tmp_path / "own.jsonl"
+    own.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]})
+            + "\n"
+            for n in range(100)
+        )
+    )
+    drop = {"arithmetic:200", "identity", "--eval.tasks", "arithmetic", "library-kinds"}
+    flags = [f"jsonl={own}" if flag == "arithmetic:100" else flag for flag in FLAGS if flag not in drop]
+    flags.insert(flags.index("--mid.tasks") + 1, f"jsonl={own}")
+    result = run_command(*flags, "--data", str(text_folder), workspace=workspace)
+    assert result.returncode == 0, result.stderr
+    assert "spelling" in (workspace / "report/report.md").read_text(), "examined with the default tasks"
+
+
+def test_ranks_that_cannot_share_a_later_stage_are_refused_before_the_first_step(
+    text_folder: Path, tmp_path: Path
+) -> None:
+    flags = [
+        "0.125" if flag == "1" and FLAGS[at - 1] == "--sft.batch-fraction" else flag for at, flag in enumerate(FLAGS)
+    ]
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *("-m", "nanochat", "--", *flags, "--data", str(text_folder)),
+        ],
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "workspace")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "2 ranks cannot share the 1 rows and 4 lanes of sft evenly" in result.stderr
+    assert "--sft.total-batch-size 128" in result.stderr
+    assert not list((tmp_path / "workspace").glob("base_checkpoints/*/step_*"))
 
 
 def test_missing_task_data_is_noticed_before_anything_is_trained(

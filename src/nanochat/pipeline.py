@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint.store import KIND as CHECKPOINT_KIND
-from nanochat.checkpoint.store import checkpoint_folder, list_steps
+from nanochat.checkpoint.store import checkpoint_folder, list_steps, tensors_fingerprint
 from nanochat.checkpoint.trained_model import load_trained_model
 from nanochat.config import (
     ALL_STAGES,
@@ -31,7 +31,7 @@ from nanochat.corpus.builtin import build_builtin_corpus
 from nanochat.corpus.local import build_local_corpus, find_text_files
 from nanochat.corpus.shards import open_corpus, read_texts
 from nanochat.errors import DataError, UsageError
-from nanochat.evaluation.chat_eval import evaluate_chat
+from nanochat.evaluation.chat_eval import DEFAULT_TASKS, evaluate_chat
 from nanochat.evaluation.results import results_path
 from nanochat.files import MANIFEST_NAME, fingerprint, read_json, read_manifest, verify_files, write_json
 from nanochat.loader.conversations import tokenize_conversations
@@ -48,8 +48,9 @@ from nanochat.tracking.console import Console, format_bytes, format_count, forma
 from nanochat.tracking.environment import describe_environment
 from nanochat.tracking.metrics import Value
 from nanochat.tracking.report import ReportStage, Sample, Section, render_report, write_section
-from nanochat.training.base import train_base
-from nanochat.training.chat import SAMPLE_QUESTIONS, ChatStage, draw_answers, train_chat
+from nanochat.training.base import base_shape, train_base
+from nanochat.training.chat import SAMPLE_QUESTIONS, ChatStage, chat_batch_size, draw_answers, train_chat
+from nanochat.training.recipe import make_recipe
 from nanochat.training.session import identity_fields
 from nanochat.workspace import CHECKPOINT_FOLDERS, Stage, Workspace, check_run_name
 
@@ -122,7 +123,7 @@ def run_pipeline(
     """
     check_run_name(config.run)
     console = Console(enabled=runtime.is_main)
-    chosen = [stage for stage in build_stages(config, workspace, runtime) if stage.name in stages]
+    chosen = build_stages(config, workspace, runtime, stages)
     if not chosen:
         raise UsageError("no stage was chosen", f"choose from {', '.join(ALL_STAGES)}")
     # Found now, not when the hours of training before it are over.
@@ -188,8 +189,10 @@ def is_intact(folder: Path, kind: str, expected: str) -> bool:
     return bool(manifest["fingerprint"] == expected)
 
 
-def build_stages(config: RunConfig, workspace: Workspace, runtime: Runtime) -> list[PipelineStage]:
-    """All stages of a run, first to last."""
+def build_stages(
+    config: RunConfig, workspace: Workspace, runtime: Runtime, stages: Collection[StageName]
+) -> list[PipelineStage]:
+    """The chosen stages of a run, first to last."""
 
     def made(folder: Path, kind: str) -> Callable[[dict[str, Any]], bool]:
         return lambda outputs: is_intact(folder, kind, outputs["fingerprint"])
@@ -207,6 +210,11 @@ def build_stages(config: RunConfig, workspace: Workspace, runtime: Runtime) -> l
         folder = checkpoint_folder(workspace.root / outputs["checkpoints"], outputs["steps"])
         return is_intact(folder, CHECKPOINT_KIND, outputs["fingerprint"])
 
+    def run_base() -> dict[str, Any]:
+        # Found now, not when the hours of training before it are over.
+        run_on_main(lambda: check_world_size(config, stages, workspace, runtime.world_size))
+        return train_base(config.base, config.run, workspace, runtime)
+
     def chat_stage(name: ChatStage, chat: TrainChatConfig) -> PipelineStage:
         def run() -> dict[str, Any]:
             run_on_main(lambda: conversations_stage(name, chat.tasks, config.base.sequence_len, workspace, Console()))
@@ -215,7 +223,7 @@ def build_stages(config: RunConfig, workspace: Workspace, runtime: Runtime) -> l
         return PipelineStage(
             name,
             inputs=lambda: {
-                "source": newest_fingerprints(workspace, config.base.tag).get(chat.source),
+                "source_checkpoint": newest_fingerprints(workspace, config.base.tag).get(chat.source),
                 "tokenizer": tokenizer(),
                 "conversations": mixture_fingerprint(chat.tasks, workspace.task_data),
                 **identity_fields(dataclasses.asdict(chat)),
@@ -225,7 +233,7 @@ def build_stages(config: RunConfig, workspace: Workspace, runtime: Runtime) -> l
             on_all_ranks=True,
         )
 
-    return [
+    every_stage = [
         PipelineStage(
             "corpus",
             inputs=lambda: corpus_inputs(config.data),
@@ -253,7 +261,7 @@ def build_stages(config: RunConfig, workspace: Workspace, runtime: Runtime) -> l
                 "tokens": tokens(),
                 **identity_fields(dataclasses.asdict(config.base)),
             },
-            run=lambda: train_base(config.base, config.run, workspace, runtime),
+            run=run_base,
             intact=trained,
             on_all_ranks=True,
         ),
@@ -279,6 +287,26 @@ def build_stages(config: RunConfig, workspace: Workspace, runtime: Runtime) -> l
             always=True,
         ),
     ]
+    return [stage for stage in every_stage if stage.name in stages]
+
+
+def check_world_size(config: RunConfig, stages: Collection[StageName], workspace: Workspace, world_size: int) -> None:
+    """Check that the chat stages, too, can share their rows and lanes evenly.
+
+    Raises:
+        UsageError: one cannot.
+    """
+    manifest = read_manifest(workspace.tokens, TOKENS_KIND, "nanochat data tokenize")
+    shape = base_shape(config.base, manifest["tokenizer"]["vocab_size"])
+    recipe = make_recipe(config.base, shape, manifest["totals"]["train"]["tokens"])
+    for name, chat in (("mid", config.mid), ("sft", config.sft)):
+        rows = chat_batch_size(chat, recipe.total_batch_size, shape.sequence_len) // shape.sequence_len
+        if name in stages and (rows % world_size or chat.lanes % world_size):
+            raise UsageError(
+                f"{world_size} ranks cannot share the {rows} rows and {chat.lanes} lanes of {name} evenly",
+                f"for example --{name}.total-batch-size {shape.sequence_len * world_size * -(-rows // world_size)} "
+                f"--{name}.lanes {world_size * -(-chat.lanes // world_size)}",
+            )
 
 
 def corpus_inputs(data: str) -> dict[str, Any]:
@@ -409,14 +437,13 @@ def mixtures_of(config: RunConfig, stages: Collection[StageName]) -> list[tuple[
 
 
 def newest_fingerprints(workspace: Workspace, model_tag: str) -> dict[Stage, str]:
-    """The fingerprints of a model's newest checkpoints, by stage, of the stages that have one."""
+    """What is in a model's newest checkpoints, by stage, of the stages that have one."""
     found: dict[Stage, str] = {}
     for stage in CHECKPOINT_FOLDERS:
         folder = workspace.checkpoints(stage, model_tag)
         if steps := list_steps(folder):
-            found[stage] = manifest_fingerprint(
-                checkpoint_folder(folder, steps[-1]), CHECKPOINT_KIND, f"nanochat train {stage}"
-            )
+            newest = checkpoint_folder(folder, steps[-1])
+            found[stage] = tensors_fingerprint(read_manifest(newest, CHECKPOINT_KIND, f"nanochat train {stage}"))
     return found
 
 
@@ -462,6 +489,8 @@ def eval_stage(config: RunConfig, workspace: Workspace, runtime: Runtime) -> dic
     entries = config.evaluation.tasks or config.sft.tasks
     names = dict.fromkeys(parsed.task for parsed in parse_mixture(entries))
     tasks = [task for name in names if (task := open_task(name, workspace.task_data)).kind != "talk"]
+    # Conversations of one's own have no right answers.
+    tasks = tasks or [open_task(name, workspace.task_data) for name in DEFAULT_TASKS]
     compared: dict[str, dict[str, Value]] = {}
     samples: list[Sample] = []
     files = []

@@ -43,7 +43,12 @@ def what_a_run_leaves(workspace: Path) -> dict[str, Any]:
     demo = workspace / "demo"
     left: dict[str, Any] = {
         str(path.relative_to(demo)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for pattern in ("*_checkpoints/*/*/*.safetensors", "tokens/*.npy", "conversation_tokens/*/*.npy")
+        for pattern in (
+            "*_checkpoints/*/*/*.safetensors",
+            "tokens/*.npy",
+            "conversation_tokens/*/*.npy",
+            "evaluations/*/*/*.json",
+        )
         for path in sorted(demo.glob(pattern))
     }
     for path in sorted(demo.glob("runs/*/*/*/metrics.jsonl")):
@@ -51,11 +56,6 @@ def what_a_run_leaves(workspace: Path) -> dict[str, Any]:
         left[str(path.relative_to(demo))] = [
             {key: value for key, value in row.items() if not key.startswith(CLOCKED)} for row in rows
         ]
-    for path in sorted(demo.glob("evaluations/*/*/*.json")):
-        results = json.loads(path.read_text())
-        # Covers how long training took.
-        del results["checkpoint"]
-        left[str(path.relative_to(demo))] = results
     left["compared"] = json.loads((demo / "report/sections/eval.json").read_text())["compared"]
     return left
 

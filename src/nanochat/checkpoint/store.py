@@ -26,6 +26,7 @@ from torch import Tensor
 from nanochat.errors import DataError, NanochatError
 from nanochat.files import (
     file_entry,
+    fingerprint,
     read_json,
     read_manifest,
     remove_stale_temporaries,
@@ -39,6 +40,7 @@ from nanochat.files import (
 
 FOLDER_PATTERN = re.compile(r"step_(\d{6,})")
 KIND = "checkpoint"
+SUFFIX = ".safetensors"
 # Head-room over the tensors themselves for headers, state and the file system's own needs.
 SPACE_MARGIN = 1.05
 
@@ -49,7 +51,12 @@ class CheckpointNotSavedError(NanochatError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint, read and verified."""
+    """One checkpoint, read and verified.
+
+    Attributes:
+        fingerprint: of everything in it, the seconds that training took included.
+        tensors_fingerprint: of weights and optimizer state alone: the same run gives the same one on any day.
+    """
 
     folder: Path
     step: int
@@ -58,11 +65,19 @@ class Checkpoint:
     state: dict[str, Any]
     config: dict[str, Any]
     fingerprint: str
+    tensors_fingerprint: str
 
 
 def checkpoint_folder(parent: Path, step: int) -> Path:
     """Where the checkpoint of a step lives."""
     return parent / f"step_{step:06d}"
+
+
+def tensors_fingerprint(manifest: dict[str, Any]) -> str:
+    """What a checkpoint's manifest says of its weights and optimizer state."""
+    return fingerprint(
+        {entry["name"]: entry["sha256"] for entry in manifest["files"] if entry["name"].endswith(SUFFIX)}
+    )
 
 
 def list_steps(parent: Path) -> list[int]:
@@ -126,8 +141,7 @@ def save_checkpoint(
         ) from error
     for old in list_steps(parent)[:-keep]:
         _remove(checkpoint_folder(parent, old))
-    fingerprint: str = manifest["fingerprint"]
-    return fingerprint
+    return str(manifest["fingerprint"])
 
 
 def load_checkpoint(
@@ -155,6 +169,7 @@ def load_checkpoint(
         state=state,
         config=read_json(folder / "config.json", fix),
         fingerprint=manifest["fingerprint"],
+        tensors_fingerprint=tensors_fingerprint(manifest),
     )
 
 

@@ -28,7 +28,7 @@ class TrainedModel:
         tag: the model's name.
         step: optimizer steps of that stage.
         config: the whole resolved configuration of that stage.
-        fingerprint: the checkpoint's.
+        fingerprint: of the checkpoint's weights and optimizer state.
     """
 
     model: GPT
@@ -129,4 +129,6 @@ def load_trained_model(
     model = GPT(ModelConfig(**checkpoint.config["identity"]["model"]), runtime.compute_dtype)
     model.load_state_dict(checkpoint.model)
     model.to(runtime.device).eval()
-    return TrainedModel(model, tokenizer, stage, tag, checkpoint.step, checkpoint.config, checkpoint.fingerprint)
+    return TrainedModel(
+        model, tokenizer, stage, tag, checkpoint.step, checkpoint.config, checkpoint.tensors_fingerprint
+    )

@@ -63,16 +63,7 @@ def _train_base(config: TrainBaseConfig, run: str, workspace: Workspace, runtime
     started = time.perf_counter()
     console = Console(enabled=runtime.is_main)
     inputs = TrainingInputs.open(workspace, workspace.tokens, FIX_TOKENS)
-    shape = model_from_depth(
-        config.depth,
-        inputs.tokenizer.vocab_size,
-        config.sequence_len,
-        aspect_ratio=config.aspect_ratio,
-        head_dim=config.head_dim,
-        num_kv_heads=config.num_kv_heads,
-        window_pattern=config.window_pattern,
-        variant=config.variant,
-    )
+    shape = base_shape(config, inputs.tokenizer.vocab_size)
     recipe = make_recipe(config, shape, inputs.train.num_tokens)
     resolved = resolve(config, run, shape, recipe, inputs, runtime)
     stage, resumed = build_stage(config, shape, recipe, resolved, inputs, workspace, runtime, console)
@@ -128,6 +119,20 @@ def _train_base(config: TrainBaseConfig, run: str, workspace: Workspace, runtime
         "checkpoints": str(stage.checkpoints.relative_to(workspace.root)),
         "val/bpb": result.evaluation["val/bpb"],
     }
+
+
+def base_shape(config: TrainBaseConfig, vocab_size: int) -> ModelConfig:
+    """The model that the settings ask for."""
+    return model_from_depth(
+        config.depth,
+        vocab_size,
+        config.sequence_len,
+        aspect_ratio=config.aspect_ratio,
+        head_dim=config.head_dim,
+        num_kv_heads=config.num_kv_heads,
+        window_pattern=config.window_pattern,
+        variant=config.variant,
+    )
 
 
 def build_stage(

@@ -232,6 +232,24 @@ def open_conversations(
     return TrainingInputs.open(workspace, folder, fix)
 
 
+def chat_batch_size(config: TrainChatConfig, base_batch_size: int, sequence_len: int) -> int:
+    """Tokens per step: as asked for, or a fraction of the base model's.
+
+    Raises:
+        UsageError: it is not a whole number of rows.
+    """
+    batch = config.total_batch_size
+    if batch is None:
+        rows = base_batch_size * config.batch_fraction / sequence_len
+        batch = sequence_len * 2 ** max(0, round(math.log2(rows)))
+    if batch < 1 or batch % sequence_len:
+        raise UsageError(
+            f"--total-batch-size {batch} is not a whole number of rows of {sequence_len} tokens",
+            f"for example --total-batch-size {max(1, round(batch / sequence_len)) * sequence_len}",
+        )
+    return batch
+
+
 def make_chat_recipe(config: TrainChatConfig, source: Source, data: TokenDataset) -> Recipe:
     """The numbers to train with.
 
@@ -240,16 +258,7 @@ def make_chat_recipe(config: TrainChatConfig, source: Source, data: TokenDataset
     Raises:
         UsageError: the batch is not a whole number of rows.
     """
-    sequence_len = source.shape.sequence_len
-    batch = config.total_batch_size
-    if batch is None:
-        rows = source.recipe.total_batch_size * config.batch_fraction / sequence_len
-        batch = sequence_len * 2 ** max(0, round(math.log2(rows)))
-    if batch < 1 or batch % sequence_len:
-        raise UsageError(
-            f"--total-batch-size {batch} is not a whole number of rows of {sequence_len} tokens",
-            f"for example --total-batch-size {max(1, round(batch / sequence_len)) * sequence_len}",
-        )
+    batch = chat_batch_size(config, source.recipe.total_batch_size, source.shape.sequence_len)
     # Rows are padded, so a pass takes a little more than this many steps: the report says how much was passed.
     num_steps = config.num_steps or math.ceil((config.target_epochs or 1.0) * data.num_tokens / batch)
     return Recipe(
@@ -280,7 +289,7 @@ def resolve(
         "dtype": str(runtime.compute_dtype).removeprefix("torch."),
         "tokenizer": inputs.tokenizer.fingerprint,
         "data": inputs.train.fingerprint,
-        "source_checkpoint": source.checkpoint.fingerprint,
+        "source_checkpoint": source.checkpoint.tensors_fingerprint,
     }
     base = {**dataclasses.asdict(source.base), "recipe": dataclasses.asdict(source.recipe)}
     chosen = {**fields, **dataclasses.asdict(machine), **identity}
