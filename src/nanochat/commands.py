@@ -22,6 +22,7 @@ from nanochat.config import (
     MachineConfig,
     TokenizerConfig,
     TrainBaseConfig,
+    TrainChatConfig,
     TrainMidConfig,
     TrainSFTConfig,
     stage_names,
@@ -268,12 +269,7 @@ def train_mid(
         model_tag: which model; default: the only one there is.
         run: name of the run; default: the environment's WANDB_RUN. It never changes what is trained.
     """
-    from nanochat.runtime import start_runtime
-    from nanochat.training.chat import train_chat
-
-    name = check_run_name(run or default_run_name())
-    with start_runtime(machine.device, machine.dtype) as runtime:
-        train_chat("mid", config, machine, name, model_tag, Workspace.from_environment(), runtime)
+    _train_chat("mid", config, machine, model_tag, run)
 
 
 def train_sft(
@@ -291,12 +287,7 @@ def train_sft(
         model_tag: which model; default: the only one there is.
         run: name of the run; default: the environment's WANDB_RUN. It never changes what is trained.
     """
-    from nanochat.runtime import start_runtime
-    from nanochat.training.chat import train_chat
-
-    name = check_run_name(run or default_run_name())
-    with start_runtime(machine.device, machine.dtype) as runtime:
-        train_chat("sft", config, machine, name, model_tag, Workspace.from_environment(), runtime)
+    _train_chat("sft", config, machine, model_tag, run)
 
 
 def export_hf(
@@ -457,6 +448,17 @@ def report(*, run: str = "", gpu_hour_price: float | None = None) -> None:
     if not workspace.run(name).is_dir():
         raise UsageError(f"there is no run {name!r} in {workspace.root}", f"see: ls {workspace.root / 'runs'}")
     print(render_report(workspace.report, name, gpu_hour_price))
+
+
+def _train_chat(
+    stage: Literal["mid", "sft"], config: TrainChatConfig, machine: MachineConfig, model_tag: str | None, run: str
+) -> None:
+    from nanochat.runtime import start_runtime
+    from nanochat.training.chat import train_chat
+
+    name = check_run_name(run or default_run_name())
+    with start_runtime(machine.device, machine.dtype) as runtime:
+        train_chat(stage, config, machine, name, model_tag, Workspace.from_environment(), runtime)
 
 
 def _describe_corpus(manifest: dict[str, Any]) -> None:

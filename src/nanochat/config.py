@@ -328,7 +328,7 @@ class EvalConfig:
     """What the models of a run are examined with."""
 
     tasks: tuple[str, ...] = ()
-    """Names of tasks. Default: those of the SFT mixture that have right answers."""
+    """Names of tasks. Default: those of midtraining and SFT that have right answers."""
     max_problems: int | None = None
     """Of each task, at most this many problems, always the same ones. Default: all."""
     max_new_tokens: int = 256

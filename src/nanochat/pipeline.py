@@ -432,8 +432,15 @@ def tokenize_stage(workspace: Workspace, workers: int | None) -> dict[str, Any]:
 
 
 def mixtures_of(config: RunConfig, stages: Collection[StageName]) -> list[tuple[str, ...]]:
-    """The mixtures that the chosen stages train on."""
-    return [chat.tasks for name, chat in (("mid", config.mid), ("sft", config.sft)) if name in stages]
+    """The tasks that the chosen stages train on or examine with."""
+    chosen = {"mid": config.mid.tasks, "sft": config.sft.tasks, "eval": examined_tasks(config)}
+    return [tasks for name, tasks in chosen.items() if name in stages]
+
+
+def examined_tasks(config: RunConfig) -> tuple[str, ...]:
+    """The names of the tasks to examine with: those asked for, or all that are trained on; some may be mere talk."""
+    entries = config.evaluation.tasks or (*config.mid.tasks, *config.sft.tasks)
+    return tuple(dict.fromkeys(entry.task for entry in parse_mixture(entries)))
 
 
 def newest_fingerprints(workspace: Workspace, model_tag: str) -> dict[Stage, str]:
@@ -486,9 +493,8 @@ def eval_stage(config: RunConfig, workspace: Workspace, runtime: Runtime) -> dic
     """Examine what every stage made with the same problems, and let it answer the same questions."""
     started = time.time()
     console = Console(enabled=runtime.is_main)
-    entries = config.evaluation.tasks or config.sft.tasks
-    names = dict.fromkeys(parsed.task for parsed in parse_mixture(entries))
-    tasks = [task for name in names if (task := open_task(name, workspace.task_data)).kind != "talk"]
+    opened = [open_task(name, workspace.task_data) for name in examined_tasks(config)]
+    tasks = [task for task in opened if task.kind != "talk"]
     # Conversations of one's own have no right answers.
     tasks = tasks or [open_task(name, workspace.task_data) for name in DEFAULT_TASKS]
     compared: dict[str, dict[str, Value]] = {}
@@ -537,7 +543,7 @@ def eval_stage(config: RunConfig, workspace: Workspace, runtime: Runtime) -> dic
 def summary_of(content: dict[str, Any]) -> dict[str, Value]:
     """The results of one checkpoint as lines of the report's summary."""
     lines: dict[str, Value] = {
-        f"{name} (n = {result['n']})": f"{result['accuracy']:.1%} [{result['low']:.1%}, {result['high']:.1%}]"
+        f"{name} (n = {result['n']})": f"{result['accuracy']:.1%} ({result['low']:.1%} – {result['high']:.1%})"
         for name, result in content["results"].items()
     }
     mean, error = content["mean_centred"], content["mean_centred_error"]

@@ -283,3 +283,37 @@ def test_every_stage_of_the_pipeline_can_report(tmp_path):
         write_section(tmp_path, stage, Section(f"Section {stage}", environment=ENVIRONMENT))
     shown = headings(parse(render_report(tmp_path, "a")))[-len(STAGES) :]
     assert shown == [f"Section {stage}" for stage in STAGES]
+
+
+def test_one_section_can_compare_the_others_in_the_summary(tmp_path):
+    write_section(tmp_path, "base", Section("Base", summary={"Bits per byte": 1.4}))
+    write_section(tmp_path, "mid", Section("Mid"))
+    compared = {"base": {"arithmetic": "0 %"}, "mid": {"arithmetic": "97 %"}, "sft": {"arithmetic": "99 %"}}
+    write_section(tmp_path, "eval", Section("Evaluation", compared=compared))
+    summary = tables(parse(render_report(tmp_path, "run")))[1]
+    assert summary == [
+        ["Metric", "BASE", "MID", "SFT"],
+        ["Bits per byte", "1.4000", MISSING, MISSING],
+        ["arithmetic", "0 %", "97 %", "99 %"],
+    ]
+
+
+def test_the_report_tells_gpu_hours_and_at_a_price_what_they_cost(tmp_path):
+    write_section(tmp_path, "tokenize", Section("Tokens", seconds=1800))
+    write_section(tmp_path, "base", Section("Base", seconds=5400, gpus=8))
+    write_section(tmp_path, "sft", Section("SFT", seconds=900, gpus=8))
+    without = tables(parse(render_report(tmp_path, "run")))[-1]
+    assert without[0] == ["Stage", "Time", "GPU hours"]
+    priced = tables(parse(render_report(tmp_path, "run", gpu_hour_price=2.5)))[-1]
+    assert priced == [
+        ["Stage", "Time", "GPU hours", "Cost at 2.5 per GPU hour"],
+        ["Tokens", "30 min 00 s", "0.00", "0.00"],
+        ["Base", "1 h 30 min", "12.00", "30.00"],
+        ["SFT", "15 min 00 s", "2.00", "5.00"],
+        ["Total", "2 h 15 min", "14.00", "35.00"],
+    ]
+
+
+def test_without_a_gpu_no_gpu_hours_are_shown(tmp_path):
+    write_section(tmp_path, "base", Section("Base", seconds=60))
+    assert tables(parse(render_report(tmp_path, "run", gpu_hour_price=2.5)))[-1][0] == ["Stage", "Time"]

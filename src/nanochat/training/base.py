@@ -15,15 +15,17 @@ from nanochat.model.generate import generate
 from nanochat.model.gpt import GPT
 from nanochat.optim.optimizer import ShardedOptimizer, check_coverage
 from nanochat.optim.schedules import ScheduleConfig, schedule_at
-from nanochat.runtime import Runtime, keep_compiled_code, run_on_main, seed_everything
+from nanochat.runtime import Runtime, run_on_main, seed_everything
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tracking.console import Console, format_count
 from nanochat.tracking.environment import describe_environment
-from nanochat.training.loop import Cadence, ResumePoint, Stage
+from nanochat.training.loop import ResumePoint, Stage
 from nanochat.training.recipe import Recipe, make_recipe, parameter_groups
 from nanochat.training.session import (
     TrainingInputs,
+    cadence_of,
     checkpoint_to_resume,
+    compiles,
     device_rows,
     identity_fields,
     metrics_path,
@@ -73,18 +75,10 @@ def _train_base(config: TrainBaseConfig, run: str, workspace: Workspace, runtime
         f"{recipe.num_steps} steps of {format_count(recipe.total_batch_size)} tokens "
         f"on {runtime.world_size} × {runtime.device.type} in {resolved['identity']['dtype']}"
     )
-    cadence = Cadence(
-        num_steps=recipe.num_steps,
-        log_every=config.log_every,
-        eval_every=config.eval_every,
-        sample_every=config.sample_every,
-        save_every=config.save_every,
-        keep_checkpoints=config.keep_checkpoints,
-    )
     metrics_file = metrics_path(workspace, run, STAGE, config.tag)
     result, delivered = train_tracked(
         stage,
-        cadence,
+        cadence_of(config, recipe.num_steps),
         resumed,
         metrics_file=metrics_file,
         wandb_mode=config.wandb,
@@ -155,9 +149,7 @@ def build_stage(
     if checkpoint is not None:
         model.load_state_dict(checkpoint.model)
     model.to(runtime.device)
-    compiled = config.compile == "on" or (config.compile == "auto" and runtime.device.type == "cuda")
-    if compiled:
-        keep_compiled_code(workspace.cache)
+    compiled = compiles(config, workspace, runtime)
     groups = parameter_groups(model, config, recipe)
     check_coverage(model, groups)
     optimizer = ShardedOptimizer(groups, work_dtype=runtime.compute_dtype, compile_muon=compiled)

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from nanochat.checkpoint.store import Checkpoint
 from nanochat.checkpoint.trained_model import newest_checkpoint
+from nanochat.config import MachineConfig, TrainBaseConfig, TrainChatConfig
 from nanochat.errors import DataError, NanochatError, UsageError
 from nanochat.files import read_manifest
 from nanochat.loader.batches import BatchLoader, LoaderStatistics
 from nanochat.loader.token_shards import MANIFEST_KIND, TokenDataset
-from nanochat.runtime import Runtime, gather_from_ranks, run_on_main
+from nanochat.runtime import Runtime, gather_from_ranks, keep_compiled_code, run_on_main
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tracking.console import Console, format_seconds
 from nanochat.tracking.environment import describe_environment
@@ -97,6 +98,26 @@ def resume_point(checkpoint: Checkpoint | None) -> ResumePoint | None:
         return None
     progress = Progress(**checkpoint.state["progress"])
     return ResumePoint(progress, checkpoint.state["random"], checkpoint.fingerprint)
+
+
+def cadence_of(config: TrainBaseConfig | TrainChatConfig, num_steps: int) -> Cadence:
+    """How long a stage runs and how often it looks, logs and saves."""
+    return Cadence(
+        num_steps=num_steps,
+        log_every=config.log_every,
+        eval_every=config.eval_every,
+        sample_every=config.sample_every,
+        save_every=config.save_every,
+        keep_checkpoints=config.keep_checkpoints,
+    )
+
+
+def compiles(machine: MachineConfig, workspace: Workspace, runtime: Runtime) -> bool:
+    """Whether to compile; if so, what is compiled will be kept in the workspace."""
+    compiled = machine.compile == "on" or (machine.compile == "auto" and runtime.device.type == "cuda")
+    if compiled:
+        keep_compiled_code(workspace.cache)
+    return compiled
 
 
 def device_rows(rows_per_step: int, device_batch_size: int, runtime: Runtime, console: Console) -> int:
