@@ -4,18 +4,22 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 KILLS = 20
-# Seconds from the start of an attempt to its end: some end while Python starts, some after a checkpoint or two.
-SOONEST, LATEST = 4.0, 75.0
+# Seconds between a moment's line and the kill: enough to reach into saves, evaluations and the next line's work.
+LATEST = 8.0
+# Lines that every run prints once, in this order, however often it was killed before.
+MOMENT = re.compile(r"step \d+/\d+ |\[\d/\d\] \w+ …$")
 # What a clock decides.
 CLOCKED = ("time/", "memory/")
 
@@ -60,25 +64,33 @@ def what_a_run_leaves(workspace: Path) -> dict[str, Any]:
     return left
 
 
+def moments_of(output: str) -> list[str]:
+    """The moments of an undisturbed run, from its output."""
+    return list(dict.fromkeys(match.group() for line in output.splitlines() if (match := MOMENT.match(line))))
+
+
+def kill_demo(workspace: Path, moments: Sequence[str], delay: float) -> None:
+    """Start the demo, and kill it some seconds after it prints the line of one of these moments."""
+    process = start_demo(workspace)
+    assert process.stdout is not None
+    moment = next((line.strip() for line in process.stdout if line.startswith(tuple(moments))), None)
+    assert moment is not None, f"ended before {moments[0]!r}"
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    print(f"killed {delay:.1f} s after {moment}")
+
+
 @pytest.mark.endurance
 @pytest.mark.timeout(3 * 3600)
 def test_a_demo_killed_at_twenty_random_moments_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    finish_demo(undisturbed)
+    moments = moments_of(finish_demo(undisturbed))
     chance = random.Random(0)
-    kills = 0
-    while kills < KILLS:
-        process = start_demo(killed)
-        time.sleep(chance.uniform(SOONEST, LATEST))
-        was_running = process.poll() is None
-        if was_running:
-            os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        print(f"attempt ended in: {[line for line in output.splitlines() if line.startswith('[')][-1:]}")
-        if not was_running:
-            break
-        kills += 1
+    # In the order of the run, so that each attempt gets past the moment of the one before.
+    for index in sorted(chance.sample(range(len(moments)), KILLS)):
+        # Or a later one: what was saved before the last kill is not printed again.
+        kill_demo(killed, moments[index:], chance.uniform(0, LATEST))
     finish_demo(killed)
-    print(f"{kills} kills")
-    assert kills >= KILLS // 2
     assert what_a_run_leaves(killed) == what_a_run_leaves(undisturbed)
