@@ -28,7 +28,7 @@ INTRODUCTION = """\
 the value is derived, as the flag's description says. `nanochat COMMAND --help` shows the same in the terminal.
 
 These work with every command: `--help`, and `--debug`, which adds the traceback to an error. `nanochat --version`
-prints the version.
+prints the version, the commit, torch's version and the image.
 """
 
 

@@ -82,9 +82,9 @@ def _run(arguments: list[str]) -> int:
         print(help_text())
         return ExitCode.DONE
     if arguments[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        from nanochat.identity import version_line
 
-        print(f"nanochat {version('nanochat-hpc')}")
+        print(version_line())
         return ExitCode.DONE
     # The longest name that matches: `train base` before a possible `train`.
     for length in (2, 1):

@@ -434,6 +434,23 @@ def chat(
             chat_in_terminal(trained, sampling, console)
 
 
+def doctor() -> None:
+    """Say what this machine, or the image on it, offers for training, and for each problem what mends it.
+
+    Nothing is written. It ends with exit code 3 if there is a problem.
+    """
+    from nanochat.cluster.doctor import examine, table
+    from nanochat.errors import PreflightError
+    from nanochat.identity import version_line
+
+    print(version_line(), flush=True)
+    findings = examine()
+    print(table(findings))
+    problems = sum(finding.state == "PROBLEM" for finding in findings)
+    if problems:
+        raise PreflightError(f"{problems} of {len(findings)} findings are problems", "the line of each says the fix")
+
+
 def report(*, run: str = "", gpu_hour_price: float | None = None) -> None:
     """Render report/report.md from what the stages stored.
 
@@ -488,5 +505,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval chat": eval_chat,
     "chat": chat,
     "report": report,
+    "doctor": doctor,
     "export hf": export_hf,
 }

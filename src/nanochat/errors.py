@@ -39,6 +39,12 @@ class UsageError(NanochatError):
     exit_code = ExitCode.USAGE
 
 
+class PreflightError(NanochatError):
+    """What a run needs of its machine or its surroundings is not there; found before anything was computed."""
+
+    exit_code = ExitCode.PREFLIGHT
+
+
 class DataError(NanochatError):
     """Data on disk is missing, damaged, or not what its manifest says."""
 

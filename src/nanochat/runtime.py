@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from nanochat.errors import StoppedWithMainError, UsageError
+from nanochat.errors import PreflightError, StoppedWithMainError, UsageError
 
 # A rank may wait this long for another before the job is declared dead. A checkpoint of a large model to a slow
 # file system takes minutes, a hang should not cost an hour.
@@ -22,6 +23,9 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
 # How often ranks that wait for rank 0 hear from it.
 SECONDS_BETWEEN_SIGNS = 5.0
+
+# A line that sets PyTorch's newer switch for TF32; a comparison does not match.
+TF32_WRITE = re.compile(r"\bfp32_precision[\"']?\s*(=(?!=)|,)")
 
 Result = TypeVar("Result")
 
@@ -70,6 +74,57 @@ def allow_tf32() -> None:
     torch.set_float32_matmul_precision("high")
 
 
+def tf32_conflict() -> str | None:
+    """What is set about TF32 that PyTorch cannot read back in the old way, and by whom; None if all is well.
+
+    The new way is to set `fp32_precision` of one of torch's backends. Where it says something else than the old way
+    said last, the next reader of the old way raises, and Inductor is one; so the readers are asked here first. Who set
+    it is recorded nowhere, so then the sources of all that is imported are searched for it.
+    """
+    cublas, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn
+    try:
+        _ = torch.get_float32_matmul_precision(), cublas.allow_tf32
+    except RuntimeError:
+        pass
+    else:
+        return None
+    switches = {"": torch.backends, "cuda.matmul.": cublas, "mkldnn.matmul.": mkldnn.matmul}  # type: ignore[attr-defined]
+    values = {name: switch.fp32_precision for name, switch in switches.items()}
+    found = [f"torch.backends.{name}fp32_precision={value!r}" for name, value in values.items() if value != "none"]
+    override = os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+    found += [f"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE={override}"] if override else []
+    writers = _lines_that_set_tf32()
+    return ", ".join(found) + (f", set by {' or '.join(writers)}" if writers else "")
+
+
+def check_tf32() -> None:
+    """Refuse to start where somebody else's choice of TF32 would crash torch.compile, maybe an hour from now.
+
+    Setting it again would hide this one write, but not the next one from the same place.
+
+    Raises:
+        PreflightError: PyTorch's two ways to set TF32 are mixed.
+    """
+    conflict = tf32_conflict()
+    if conflict:
+        raise PreflightError(
+            f"PyTorch's two ways to set TF32 are mixed, on which torch.compile fails: {conflict}",
+            "remove that setting, or use torch.set_float32_matmul_precision in its place",
+        )
+
+
+def _lines_that_set_tf32() -> list[str]:
+    """Where the modules that are imported, PyTorch's own aside, set the new switch: `file:line`, for a message."""
+    lines = []
+    for name, module in sorted(sys.modules.items()):
+        path = Path(getattr(module, "__file__", None) or "")
+        if name.partition(".")[0] == "torch" or path.suffix != ".py" or not path.is_file() or path.samefile(__file__):
+            continue
+        source = path.read_text(encoding="utf-8", errors="replace")
+        lines += [f"{path}:{n}" for n, line in enumerate(source.splitlines(), 1) if TF32_WRITE.search(line)]
+    return lines
+
+
 def usable_cores() -> int:
     """Cores this process may use: its affinity mask, which Slurm and containers narrow, not the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -107,7 +162,9 @@ def start_runtime(
 
     Raises:
         UsageError: a GPU is asked for and there is none.
+        PreflightError: TF32 is set in a way on which torch.compile fails.
     """
+    check_tf32()
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda, but this process sees no GPU", "use --device cpu, or check nvidia-smi")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())

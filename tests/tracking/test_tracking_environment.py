@@ -1,29 +1,22 @@
 import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import nanochat.tracking.environment as environment_module
 from nanochat.tracking.environment import describe_environment
-
-needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
 DESCRIBE = "import json; from nanochat.tracking.environment import describe_environment as d; print(json.dumps(d()))"
 
 
-def describe(source=None, program=DESCRIBE, **variables):
+def describe(program=DESCRIBE, **variables):
     """`describe_environment()` in a new process with exactly these Slurm, container and commit variables."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "APPTAINER_", "SINGULARITY_", "NANOCHAT_"))
     }
-    if source is not None:
-        kept["PYTHONPATH"] = str(source)
     done = subprocess.run(
         [sys.executable, "-c", program], env={**kept, **variables}, capture_output=True, text=True, check=True
     )
@@ -39,46 +32,13 @@ def test_an_environment_is_json_and_says_what_a_reader_must_know():
     assert {"torch", "numpy"} <= found["packages"].keys()
 
 
-def test_the_commit_of_an_image_wins_and_tells_whether_it_was_changed():
-    assert describe(NANOCHAT_GIT_COMMIT="abc123")["git"] == {"commit": "abc123", "dirty": False}
+def test_the_commit_and_the_image_are_recorded(tmp_path):
+    told = {"variant": "cpu", "revision": "abc123", "fingerprint": "0123"}
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({**told, "python": ["torch==2.13.0"]}))
+    assert describe_environment(manifest)["image"] == told
+    assert "image" not in describe_environment(tmp_path / "missing.json")
     assert describe(NANOCHAT_GIT_COMMIT="abc123-dirty")["git"] == {"commit": "abc123", "dirty": True}
-
-
-def git(folder, *command):
-    identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-    done = subprocess.run(["git", "-C", str(folder), *identity, *command], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def checkout(folder):
-    """A repository that holds a copy of what `environment.py` needs to be imported."""
-    source = folder / "src"
-    original = Path(environment_module.__file__)
-    (source / "nanochat" / "tracking").mkdir(parents=True)
-    for path in (original, original.parent / "__init__.py", original.parents[1] / "__init__.py"):
-        shutil.copy(path, source / "nanochat" / path.relative_to(original.parents[1]))
-    git(folder, "init", "-q")
-    return source
-
-
-@needs_git
-def test_a_checkout_tells_its_commit_and_whether_it_was_changed(tmp_path):
-    source = checkout(tmp_path)
-    git(tmp_path, "add", "src")
-    git(tmp_path, "commit", "-qm", "first")
-    commit = git(tmp_path, "rev-parse", "HEAD")
-    assert describe(source)["git"] == {"commit": commit, "dirty": False}
-    (source / "nanochat" / "__init__.py").write_text("changed = True\n")
-    assert describe(source)["git"] == {"commit": commit, "dirty": True}
-
-
-@needs_git
-def test_an_installation_inside_another_repository_does_not_take_its_commit(tmp_path):
-    source = checkout(tmp_path)
-    (tmp_path / "other").touch()
-    git(tmp_path, "add", "other")
-    git(tmp_path, "commit", "-qm", "first")
-    assert "git" not in describe(source)
 
 
 def test_a_slurm_job_and_a_container_are_named():

@@ -1,12 +1,12 @@
 """Where a run ran: commit, hardware, software, job. Enough to trust its figures, or to make them again."""
 
-import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from nanochat.identity import IMAGE_MANIFEST, describe_commit, describe_image, installed_version, output_of
 
 PACKAGES = (
     "nanochat-hpc",
@@ -28,17 +28,15 @@ SLURM_VARIABLES = {
     "nodes": "SLURM_JOB_NODELIST",
 }
 
-# nvidia-smi waits for the driver; on a node with a sick GPU that is forever.
-PROBE_SECONDS = 20
 
-
-def describe_environment() -> dict[str, Any]:
+def describe_environment(manifest: Path = IMAGE_MANIFEST) -> dict[str, Any]:
     """Describe this process's machine as JSON-able values; what is not known is left out.
 
     Memory is in bytes. Host names are left out, so that two nodes of one kind describe themselves alike.
     """
     facts = {
-        "git": _git(),
+        "git": describe_commit(manifest),
+        "image": describe_image(manifest),
         "cpu": _cpu(),
         "memory_bytes": _memory_bytes(),
         "gpus": _gpus(),
@@ -49,33 +47,6 @@ def describe_environment() -> dict[str, Any]:
         "container": os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"),
     }
     return {name: fact for name, fact in facts.items() if fact}
-
-
-def _output(*command: str) -> str | None:
-    """What a command prints, or None if it is missing, fails, or hangs."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _git() -> dict[str, Any]:
-    """The commit this code is, and whether it was changed since.
-
-    NANOCHAT_GIT_COMMIT, which an image sets when it is built, wins; a suffix `-dirty` says changed.
-    """
-    told = os.environ.get("NANOCHAT_GIT_COMMIT")
-    if told:
-        return {"commit": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
-    here = Path(__file__)
-    in_folder = ("git", "-C", str(here.parent))
-    # A virtual environment inside somebody else's repository must not report that repository's commit.
-    if _output(*in_folder, "ls-files", "--error-unmatch", here.name) is None:
-        return {}
-    commit = _output(*in_folder, "rev-parse", "HEAD")
-    changes = _output(*in_folder, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": changes != ""} if commit else {}
 
 
 def _cpu() -> dict[str, Any]:
@@ -105,7 +76,7 @@ def _gpus() -> list[dict[str, Any]]:
     if torch is not None:
         properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         return [{"name": device.name, "memory_bytes": int(device.total_memory)} for device in properties]
-    listed = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits") or ""
+    listed = output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits") or ""
     rows = [line.rpartition(",") for line in listed.splitlines()]
     return [
         {"name": name.strip(), "memory_bytes": int(mebibytes) * 2**20}
@@ -115,10 +86,4 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _packages() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return {package: version for package in PACKAGES if (version := installed_version(package))}
