@@ -60,7 +60,7 @@ def demo() -> None:
         sft=DEMO_SFT,
         evaluation=DEMO_EVAL,
     )
-    with start_runtime(config.base.device, config.base.dtype) as runtime:
+    with start_runtime(config.base.device, config.base.dtype, cache=workspace.cache) as runtime:
         run_pipeline(config, workspace, runtime)
         trained = load_trained_model(workspace, "sft", config.base.tag, runtime, Console(enabled=runtime.is_main))
         if runtime.is_main:
@@ -111,8 +111,9 @@ def speedrun(
         gpu_hour_price=gpu_hour_price,
         workers=workers,
     )
-    with start_runtime(base.device, base.dtype) as runtime:
-        run_pipeline(config, Workspace.from_environment(), runtime, chosen)
+    workspace = Workspace.from_environment()
+    with start_runtime(base.device, base.dtype, cache=workspace.cache) as runtime:
+        run_pipeline(config, workspace, runtime, chosen)
 
 
 def data_builtin() -> None:
@@ -250,8 +251,9 @@ def train_base(config: OmitArgPrefixes[TrainBaseConfig], *, run: str = "") -> No
     from nanochat.training.base import train_base as train
 
     name = check_run_name(run or default_run_name())
-    with start_runtime(config.device, config.dtype) as runtime:
-        train(config, name, Workspace.from_environment(), runtime)
+    workspace = Workspace.from_environment()
+    with start_runtime(config.device, config.dtype, cache=workspace.cache) as runtime:
+        train(config, name, workspace, runtime)
 
 
 def train_mid(
@@ -338,7 +340,7 @@ def eval_base(
     from nanochat.tracking.console import Console
 
     workspace = Workspace.from_environment()
-    with start_runtime(device, dtype) as runtime:
+    with start_runtime(device, dtype, cache=workspace.cache) as runtime:
         console = Console(enabled=runtime.is_main)
         trained = load_trained_model(workspace, "base", model_tag, runtime, console)
         evaluate_base(trained, workspace, runtime, batch_size=batch_size, max_per_task=max_per_task, console=console)
@@ -374,7 +376,7 @@ def eval_chat(
     from nanochat.tracking.console import Console
 
     workspace = Workspace.from_environment()
-    with start_runtime(device, dtype) as runtime:
+    with start_runtime(device, dtype, cache=workspace.cache) as runtime:
         console = Console(enabled=runtime.is_main)
         trained = load_trained_model(workspace, stage, model_tag, runtime, console)
         named = [open_task(name, workspace.task_data) for name in dict.fromkeys(tasks)]
@@ -424,9 +426,10 @@ def chat(
     from nanochat.tracking.console import Console
 
     sampling = Sampling(max_new_tokens, temperature, top_k, seed)
-    with start_runtime(device, dtype) as runtime:
+    workspace = Workspace.from_environment()
+    with start_runtime(device, dtype, cache=workspace.cache) as runtime:
         console = Console()
-        trained = load_trained_model(Workspace.from_environment(), stage, model_tag, runtime, console)
+        trained = load_trained_model(workspace, stage, model_tag, runtime, console)
         if prompt:
             answer(trained, prompt, sampling, write_out)
             write_out("\n")
@@ -474,8 +477,9 @@ def _train_chat(
     from nanochat.training.chat import train_chat
 
     name = check_run_name(run or default_run_name())
-    with start_runtime(machine.device, machine.dtype) as runtime:
-        train_chat(stage, config, machine, name, model_tag, Workspace.from_environment(), runtime)
+    workspace = Workspace.from_environment()
+    with start_runtime(machine.device, machine.dtype, cache=workspace.cache) as runtime:
+        train_chat(stage, config, machine, name, model_tag, workspace, runtime)
 
 
 def _describe_corpus(manifest: dict[str, Any]) -> None:

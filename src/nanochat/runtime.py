@@ -144,7 +144,8 @@ def set_cpu_threads(local_world_size: int) -> None:
 def keep_compiled_code(folder: Path) -> None:
     """Have Inductor and Triton keep what they compile below `folder`, unless their own variables name a place.
 
-    Their default is /tmp of the node, where the next job does not find it.
+    Their default is /tmp of the node, where the next job does not find it. PyTorch writes its default into the same
+    variable as soon as anything looks it up, `torch.device("meta")` for one, so this comes before all else.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
@@ -154,16 +155,25 @@ def keep_compiled_code(folder: Path) -> None:
 def start_runtime(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    *,
+    cache: Path | None = None,
 ) -> Iterator[Runtime]:
     """Set this process up, joining the others if a launcher (torchrun) started several.
 
     The process group exists on CPU (gloo) as on GPU (NCCL), so that the same code runs everywhere and ranks can
     never train apart unnoticed.
 
+    Args:
+        device: where to compute.
+        dtype: of activations and matmuls.
+        cache: the folder for what is compiled; without one it is PyTorch's own.
+
     Raises:
         UsageError: a GPU is asked for and there is none.
         PreflightError: TF32 is set in a way on which torch.compile fails.
     """
+    if cache is not None:
+        keep_compiled_code(cache)
     check_tf32()
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda, but this process sees no GPU", "use --device cpu, or check nvidia-smi")

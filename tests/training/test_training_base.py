@@ -360,6 +360,23 @@ def test_the_other_ways_to_train_learn_as_well(change: dict[str, Any], prepared_
     assert losses[-1] < losses[0]
 
 
+@needs_compiler
+def test_compiled_code_is_kept_in_the_workspace(
+    prepared_workspace: Workspace,
+    run_command: Callable[..., "subprocess.CompletedProcess[str]"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # PyTorch may have set it in this process.
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    flags = "--depth 1 --aspect-ratio 32 --head-dim 16 --sequence-len 32 --lanes 4 --num-steps 2 --eval-tokens 256"
+    batch = "--total-batch-size 128 --device-batch-size 4 --dtype float32 --wandb disabled --compile on"
+    result = run_command(
+        "train", "base", "--run", RUN, *flags.split(), *batch.split(), workspace=prepared_workspace.root
+    )
+    assert result.returncode == 0, result.stderr
+    assert list(prepared_workspace.cache.glob("inductor/**/*.so"))
+
+
 def test_bfloat16_learns_and_keeps_float32_weights(prepared_workspace: Workspace) -> None:
     train_base(CONFIG, RUN, prepared_workspace, Runtime(torch.device("cpu"), torch.bfloat16))
     losses = [row["train/loss"] for row in results(prepared_workspace) if "train/loss" in row]

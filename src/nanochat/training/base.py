@@ -149,7 +149,7 @@ def build_stage(
     if checkpoint is not None:
         model.load_state_dict(checkpoint.model)
     model.to(runtime.device)
-    compiled = compiles(config, workspace, runtime)
+    compiled = compiles(config, runtime)
     groups = parameter_groups(model, config, recipe)
     check_coverage(model, groups)
     optimizer = ShardedOptimizer(groups, work_dtype=runtime.compute_dtype, compile_muon=compiled)

@@ -312,7 +312,7 @@ def build_stage(
     model = GPT(source.shape, runtime.compute_dtype)
     model.load_state_dict((checkpoint or source.checkpoint).model)
     model.to(runtime.device)
-    compiled = compiles(machine, workspace, runtime)
+    compiled = compiles(machine, runtime)
     groups = parameter_groups(model, source.base, recipe)
     check_coverage(model, groups)
     optimizer = ShardedOptimizer(groups, work_dtype=runtime.compute_dtype, compile_muon=compiled)

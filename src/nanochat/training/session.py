@@ -14,7 +14,7 @@ from nanochat.errors import DataError, NanochatError, UsageError
 from nanochat.files import read_manifest
 from nanochat.loader.batches import BatchLoader, LoaderStatistics
 from nanochat.loader.token_shards import MANIFEST_KIND, TokenDataset
-from nanochat.runtime import Runtime, check_tf32, gather_from_ranks, keep_compiled_code, run_on_main
+from nanochat.runtime import Runtime, check_tf32, gather_from_ranks, run_on_main
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tracking.console import Console, format_seconds
 from nanochat.tracking.environment import describe_environment
@@ -112,13 +112,16 @@ def cadence_of(config: TrainBaseConfig | TrainChatConfig, num_steps: int) -> Cad
     )
 
 
-def compiles(machine: MachineConfig, workspace: Workspace, runtime: Runtime) -> bool:
-    """Whether to compile; if so, what is compiled will be kept in the workspace."""
+def compiles(machine: MachineConfig, runtime: Runtime) -> bool:
+    """Whether to compile.
+
+    Raises:
+        PreflightError: TF32 is set in a way on which compiling fails.
+    """
     compiled = machine.compile == "on" or (machine.compile == "auto" and runtime.device.type == "cuda")
     if compiled:
         # Once more: what was imported since the start may have set it.
         check_tf32()
-        keep_compiled_code(workspace.cache)
     return compiled
 
 
