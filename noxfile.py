@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import sys
+from pathlib import Path
 
 import nox
 
@@ -72,3 +73,60 @@ def types(session: nox.Session) -> None:
     """Check the types of the package, the benchmarks and this file."""
     install(session, "types")
     session.run("mypy")
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Pin what the image holds. `-- --check`: are they current? `-- --upgrade`: newer releases. `-- cu126`: another."""
+    session.install("uv==0.13.9")
+    work = Path(session.create_tmp())
+    upgrade = ["--upgrade"] if "--upgrade" in session.posargs else []
+    stale = []
+    locked = {path.stem.removeprefix("requirements-") for path in Path("container").glob("requirements-*.lock")}
+    for variant in sorted(locked | {name for name in session.posargs if not name.startswith("-")}):
+        current, result = Path("container", f"requirements-{variant}.lock"), work / f"{variant}.lock"
+        torch: list[str] = []
+        # uv keeps the releases that the file it writes to names already, unless it is to upgrade.
+        result.write_bytes(current.read_bytes() if current.exists() else b"")
+        # PyPI has one build for CUDA; the others are in PyTorch's own indexes, or in a folder of wheels.
+        if variant != "cuda":
+            asked = work / f"{variant}.in"
+            asked.write_text(f"{TORCH}+{variant}\n")
+            links = os.environ.get("PIP_FIND_LINKS", "").split()
+            # Those indexes also hold old releases of others' packages; this option takes torch alone from there.
+            from_index = [] if links else [f"--torch-backend={variant}"]
+            torch = [str(asked), *(f"--find-links={link}" for link in links), *from_index]
+        session.run(
+            *("uv", "pip", "compile", "--quiet", "pyproject.toml", "--extra=frozen", "--generate-hashes", *torch),
+            # Debian 12's Python and C library. No addresses, so that a lock is the same behind a mirror.
+            *("--python-version=3.11", "--python-platform=x86_64-manylinux_2_36", "--only-binary=:all:", *upgrade),
+            *("--no-emit-index-url", "--no-emit-find-links", "--no-annotate", "--no-header", f"--output-file={result}"),
+        )
+        if not current.exists() or result.read_bytes() != current.read_bytes():
+            stale.append(str(current))
+            if "--check" not in session.posargs:
+                shutil.copy(result, current)
+    if stale and "--check" in session.posargs:
+        session.error(f"{', '.join(stale)} not as pyproject.toml asks; run: nox -s lock")
+    session.log(f"written: {', '.join(stale)}" if stale else "current")
+
+
+@nox.session
+def image(session: nox.Session) -> None:
+    """Build nanochat.sif and test it; options after -- go to container/build.py: `-- --variant cuda`, `-- --setup`."""
+    # What is tested is in the image, so torch is not installed here, and the other tests' fixtures are left out.
+    session.install("pytest>=8", "pytest-timeout>=2.3")
+    options = list(session.posargs)
+    if "--variant" not in options:
+        options += ["--variant", "cuda" if shutil.which("nvidia-smi") else "cpu"]
+    if "--output" not in options:
+        options += ["--output", "nanochat.sif"]
+    # A key that the build may see and the image may not hold; a test looks for it.
+    canary = "canary-5b0d3e7a41"
+    keys = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "APPTAINER_DOCKER_PASSWORD"), canary)
+    session.run("python", "container/build.py", *options, env=keys)
+    built = Path(options[options.index("--output") + 1]).resolve()
+    session.run(
+        *("pytest", "--noconftest", "-m", "image", "tests/container/test_container_image.py"),
+        env={"NANOCHAT_IMAGE": str(built), "NANOCHAT_IMAGE_CANARY": canary},
+    )
