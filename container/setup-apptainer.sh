@@ -86,7 +86,7 @@ prepare_user() {
 write_command() {
     cat >"$COMMAND" <<COMMAND_TEXT
 #!/usr/bin/env bash
-# Written by setup-apptainer.sh. Root runs Apptainer as \$APPTAINER_USER (default $APPTAINER_USER), others as themselves.
+# Written by setup-apptainer.sh. Root runs it as \$APPTAINER_USER (default $APPTAINER_USER), others as themselves.
 if [[ \$(id -u) == 0 ]]; then
     user=\${APPTAINER_USER:-$APPTAINER_USER}
     USER=\$user LOGNAME=\$user HOME=\$(getent passwd "\$user" | cut -d: -f6)
