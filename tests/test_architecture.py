@@ -16,6 +16,7 @@ FLOORS = (
     ("model", "optim", "loader", "tokenizer", "tasks"),
     ("training", "evaluation", "tracking", "chat", "export", "checkpoint", "cluster"),
     ("pipeline",),
+    ("experiment",),
     ("commands",),
     ("cli",),
 )

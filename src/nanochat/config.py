@@ -4,7 +4,7 @@ Nothing here imports torch: help and preflight read these classes on login nodes
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from nanochat.errors import UsageError
@@ -335,6 +335,33 @@ class EvalConfig:
     """Longest answer in free text."""
     batch_size: int = 16
     """Problems per forward pass on one device. Lower it when memory runs out; the result stays the same."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run.
+
+    Attributes:
+        run: its name.
+        data: `builtin`, `existing` (what is in base_data already), or a folder of text.
+        tokenizer: how the tokenizer is trained.
+        base: how the base model is trained, and how the machine is used, by all stages.
+        mid: how it is midtrained.
+        sft: how it is finetuned.
+        evaluation: what the models are examined with.
+        gpu_hour_price: what an hour of one GPU costs, for the report.
+        workers: processes that tokenise; None for one per core.
+    """
+
+    run: str
+    data: str
+    tokenizer: TokenizerConfig
+    base: TrainBaseConfig
+    mid: TrainMidConfig = field(default_factory=TrainMidConfig)
+    sft: TrainSFTConfig = field(default_factory=TrainSFTConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    gpu_hour_price: float | None = None
+    workers: int | None = None
 
 
 def _check_horizon(horizons: dict[str, float | None]) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,10 @@ from nanochat.checkpoint.store import checkpoint_folder, list_steps, tensors_fin
 from nanochat.checkpoint.trained_model import load_trained_model
 from nanochat.config import (
     ALL_STAGES,
-    EvalConfig,
+    RunConfig,
     StageName,
     TokenizerConfig,
-    TrainBaseConfig,
     TrainChatConfig,
-    TrainMidConfig,
-    TrainSFTConfig,
 )
 from nanochat.corpus.builtin import build_builtin_corpus
 from nanochat.corpus.local import build_local_corpus, find_text_files
@@ -58,33 +55,6 @@ FIX_CORPUS = "nanochat data builtin, or: nanochat data local FOLDER; for shards 
 
 # Of each split, for the table of bytes per token: enough for three digits, little enough to take no time.
 SAMPLE_CHARACTERS = 500_000
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything about a run.
-
-    Attributes:
-        run: its name.
-        data: `builtin`, `existing` (what is in base_data already), or a folder of text.
-        tokenizer: how the tokenizer is trained.
-        base: how the base model is trained, and how the machine is used, by all stages.
-        mid: how it is midtrained.
-        sft: how it is finetuned.
-        evaluation: what the models are examined with.
-        gpu_hour_price: what an hour of one GPU costs, for the report.
-        workers: processes that tokenise; None for one per core.
-    """
-
-    run: str
-    data: str
-    tokenizer: TokenizerConfig
-    base: TrainBaseConfig
-    mid: TrainMidConfig = field(default_factory=TrainMidConfig)
-    sft: TrainSFTConfig = field(default_factory=TrainSFTConfig)
-    evaluation: EvalConfig = field(default_factory=EvalConfig)
-    gpu_hour_price: float | None = None
-    workers: int | None = None
 
 
 @dataclass(frozen=True)
