@@ -1,0 +1,171 @@
+"""How fast a model answers, beside karpathy/nanochat's engine and the device's memory bandwidth, in one run.
+
+    python benchmarks/decode.py [--peer CHECKOUT] [--depth 12] [--device cpu|cuda]
+
+A model of random weights and one prompt of random tokens, greedy, for batches of 1, 8 and 64 rows. Both sides compute
+in the same dtype. `first token` is the time to it, `tokens/s` is of all that follow, over all rows. To decode a token
+every weight must be read once, so the bandwidth that a plain copy reaches on this device is the limit for a batch of
+one; `of limit` is the share of it. The peer computes a prompt once and copies the cache to all rows; ours takes rows
+with prompts of their own, so the same prompt is computed for each: its time to the first token of a batch tells.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from nanochat.chat.engine import Engine, Sampling
+from nanochat.config import ModelConfig, model_from_depth
+from nanochat.model.gpt import GPT
+from nanochat.runtime import cpu_has_fast_bfloat16, usable_cores
+from nanochat.tokenizer.train import train_tokenizer
+
+BATCH_SIZES = (1, 8, 64)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one side with one batch size."""
+
+    first_token_seconds: float
+    tokens_per_second: float
+
+
+def speed(timings: list[tuple[float, float]], new_tokens: int, rows: int) -> Speed:
+    """From seconds to the first and to the last token of a few repeats, their medians."""
+    first = statistics.median(first for first, _ in timings)
+    rest = statistics.median(last - first for first, last in timings)
+    return Speed(first, rows * (new_tokens - 1) / rest)
+
+
+def build_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> GPT:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = GPT(config, dtype)
+    model.to_empty(device=device)
+    model.init_weights()
+    cos, sin = GPT(ModelConfig(**{**asdict(config), "n_layer": 1})).to(device).buffers()
+    model.cos, model.sin = cos, sin
+    # Zero projections would leave attention and MLP with nothing to add.
+    with torch.no_grad():
+        for parameter in model.get_submodule("transformer.h").parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def our_timings(
+    engine: Engine, prompt: list[int], rows: int, new_tokens: int, repeats: int
+) -> list[tuple[float, float]]:
+    """Seconds to the first and to the last token of all rows."""
+    timings = []
+    for _ in range(repeats + 1):
+        ends = []
+        for count in (1, new_tokens):
+            began = time.perf_counter()
+            answers = engine.generate([prompt] * rows, Sampling(max_new_tokens=count), batch_size=rows)
+            ends.append(time.perf_counter() - began)
+            assert all(len(answer) == count for answer in answers), "a row stopped early: take another seed"
+        timings.append((ends[0], ends[1]))
+    return timings[1:]
+
+
+def copy_bytes_per_second(device: torch.device) -> float:
+    """Bytes that a device reads per second while it copies: as many as it writes."""
+    source = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.int32, device=device).fill_(1)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * source.nbytes / statistics.median(seconds[1:])
+
+
+def peer_speeds(checkout: Path, config: ModelConfig, asked: argparse.Namespace, dtype: str) -> dict[int, Speed]:
+    """What the peer reaches, in a process of its own."""
+    command = [
+        *(sys.executable, Path(__file__).with_name("decode_peer.py")),
+        *("--config", json.dumps(asdict(config)), "--batch-sizes", json.dumps(BATCH_SIZES), "--device", asked.device),
+        *("--prompt-tokens", str(asked.prompt_tokens), "--new-tokens", str(asked.new_tokens)),
+        *("--repeats", str(asked.repeats), "--threads", str(asked.threads)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "NANOCHAT_DTYPE": dtype}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["it printed nothing"])[-1])
+    timings = json.loads(done.stdout.splitlines()[-1])
+    return {int(rows): speed(found, asked.new_tokens, int(rows)) for rows, found in timings.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, help="a checkout of karpathy/nanochat, which is not written to")
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--sequence-len", type=int, default=2048)
+    parser.add_argument("--vocab-size", type=int, default=32768)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    asked = parser.parse_args()
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("decode: skipped, this process sees no GPU — use --device cpu")
+    torch.set_num_threads(asked.threads)
+    device = torch.device(asked.device)
+    dtype = torch.bfloat16 if device.type == "cuda" or cpu_has_fast_bfloat16() else torch.float32
+    config = model_from_depth(asked.depth, asked.vocab_size, asked.sequence_len)
+    # Its special tokens are all that matters: a model of random weights says none of them.
+    engine = Engine(build_model(config, device, dtype), train_tokenizer(["no words"], vocab_size=266, max_chars=100))
+    prompt = torch.randint(config.vocab_size, (asked.prompt_tokens,)).tolist()
+    ours = {
+        rows: speed(our_timings(engine, prompt, rows, asked.new_tokens, asked.repeats), asked.new_tokens, rows)
+        for rows in BATCH_SIZES
+    }
+    theirs: dict[int, Speed] = {}
+    skipped = None if asked.peer else "no --peer checkout given"
+    if asked.peer:
+        try:
+            theirs = peer_speeds(asked.peer.resolve(), config, asked, str(dtype).removeprefix("torch."))
+        except RuntimeError as error:
+            skipped = f"it failed: {error}"
+    # Embeddings are looked up, a row each; all else is read whole for every token.
+    looked_up = ("transformer.wte.", "value_embeds.")
+    read = sum(p.nbytes for name, p in engine.model.named_parameters() if not name.startswith(looked_up))
+    limit = copy_bytes_per_second(device) / 2 / read
+    tokens = f"{asked.prompt_tokens} + {asked.new_tokens} tokens"
+    print(f"d{asked.depth}, {dtype}, {asked.device}, {tokens}, torch {torch.__version__}")
+    print(f"limit for one row: {limit:,.0f} tokens/s, {read / 1e6:,.0f} MB of weights for each")
+    print(
+        f"{'rows':>6}{'ours: first token':>20}{'tokens/s':>12}{'of limit':>10}{'peer: first token':>20}{'tokens/s':>12}"
+    )
+    for rows, mine in ours.items():
+        share = f"{mine.tokens_per_second / limit:.0%}" if rows == 1 else ""
+        line = f"{rows:6}{mine.first_token_seconds:18.3f} s{mine.tokens_per_second:12,.1f}{share:>10}"
+        peer = theirs.get(rows)
+        print(line + (f"{peer.first_token_seconds:18.3f} s{peer.tokens_per_second:12,.1f}" if peer else ""))
+    if skipped:
+        print(f"karpathy/nanochat skipped: {skipped}")
+    result = {
+        "settings": {name: value for name, value in vars(asked).items() if name != "peer"} | {"dtype": str(dtype)},
+        "limit_tokens_per_second": limit,
+        "ours": {rows: asdict(found) for rows, found in ours.items()},
+        "peer": {rows: asdict(found) for rows, found in theirs.items()},
+        "peer_skipped": skipped,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
