@@ -61,11 +61,11 @@ def test_a_row_is_in_the_file_before_log_returns(tmp_path):
 def test_series_gives_the_points_of_one_metric(tmp_path):
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         log.log(0, {"loss": 3.0})
-        log.log(0, {"val/bpb": 1.5})
+        log.log(0, {"epoch/bpb": 1.5})
         log.log(1, {"loss": 2.0})
     rows = metrics.read(log.path)
     assert metrics.series(rows, "loss") == ([0, 1], [3.0, 2.0])
-    assert metrics.series(rows, "val/bpb") == ([0], [1.5])
+    assert metrics.series(rows, "epoch/bpb") == ([0], [1.5])
     assert metrics.series(rows, "absent") == ([], [])
 
 

@@ -1,69 +1,35 @@
-import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 from pathlib import Path
 
 import pytest
+from wandb_runs import console, history, python, read_back, run_folders
+from wandb_server import KEY, wandb_server
 
 import nanochat
 from nanochat.errors import UsageError
-from nanochat.tracking.wandb_run import run_id_for, start_wandb
+from nanochat.tracking.wandb_run import choose_mode, name_run, run_id_for
 
 STRACE = shutil.which("strace")
-SOURCE = Path(nanochat.__file__).parents[1]
-
-START = """
-import os, signal, sys, time
-from pathlib import Path
-from nanochat.tracking.wandb_run import start_wandb
-
-def start(**changes):
-    config = {"depth": 4, "optimizer": {"lr": 0.02}}
-    given = {"run_name": "arm_a", "stage": "base", "config": config, "folder": Path(FOLDER)}
-    return start_wandb(**{**given, **changes})
-"""
 
 
-def python(folder, script, *, under=(), environment=None, **how):
-    """Run a script in a new process with no W&B variables but the ones given."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    kept |= {"WANDB_X_DISABLE_STATS": "true", "PYTHONPATH": str(SOURCE)} | (environment or {})
-    code = f"FOLDER = {str(folder)!r}{START}{textwrap.dedent(script)}"
-    return subprocess.run(
-        [*under, sys.executable, "-c", code], env=kept, capture_output=True, text=True, timeout=120, **how
-    )
-
-
-def run_folders(folder):
-    return sorted((folder / "wandb").glob("offline-run-*"))
-
-
-def read_back(run_folder):
-    """Every record of an offline run, by type, as W&B's own reader prints them."""
-    done = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_folder)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "WANDB_ERROR_REPORTING": "false"},
-    )
-    records = {}
-    for record in map(json.loads, done.stdout.splitlines()):
-        records.setdefault(record["type"], []).append(record[record["type"]])
-    return records
-
-
-def history(records):
-    return [
-        {key: value for key, value in row["item"].items() if key in ("step", "_step") or "/" in key}
-        for row in records.get("history", [])
-    ]
+@pytest.fixture
+def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """No W&B variable, no job, no key anywhere."""
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "SLURM_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no.netrc"))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "workspace"))
+    monkeypatch.chdir(tmp_path)
+    return monkeypatch
 
 
 def test_a_run_that_ends_well_can_be_read_back_whole(tmp_path):
@@ -86,7 +52,8 @@ def test_a_run_that_ends_well_can_be_read_back_whole(tmp_path):
     records = read_back(folder)
     (run,) = records["run"]
     assert run["config"]["update"] | {"_wandb": 0} == {"depth": 4, "optimizer": {"lr": 0.02}, "_wandb": 0}
-    assert (run["project"], run["run_id"], run["display_name"]) == ("nanochat", "arm_a-base", "arm_a-base")
+    assert (run["project"], run["run_id"]) == ("nanochat", "arm_a-base")
+    assert re.fullmatch(r"v\d+\.\d+-arm_a-base_\d{8}-\d{6}", run["display_name"])
     assert (run["run_group"], run["job_type"]) == ("arm_a", "base")
     assert history(records) == [
         {"step": 0, "_step": 0, "batch/loss": 1.0},
@@ -95,7 +62,7 @@ def test_a_run_that_ends_well_can_be_read_back_whole(tmp_path):
     ]
     assert {"final/val_bpb": 1.5} in [record["update"] for record in records["summary"]]
     assert any(metric.get("step_metric") == "step" for metric in records["metric"])
-    assert "a line for the console" in "".join(record["line"] for record in records["output_raw"])
+    assert "a line for the console" in console(records)
     assert [record["exit_code"] for record in records["exit"]] == [3]
 
 
@@ -195,7 +162,7 @@ def test_online_without_a_key_asks_nothing_and_records_offline(tmp_path):
     done = python(tmp_path, script, environment=unreachable)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("warning: W&B cannot go online") == 1
-    assert "No API key" in done.stdout
+    assert "there is no key" in done.stdout
     (folder,) = run_folders(tmp_path)
     assert len(history(read_back(folder))) == 1
 
@@ -258,10 +225,10 @@ def test_disabled_writes_nothing_and_imports_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mode_that_does_not_exist_is_refused_with_its_fix(tmp_path, monkeypatch):
+def test_a_mode_that_does_not_exist_is_refused_with_its_fix(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "ofline")
     with pytest.raises(UsageError, match="export WANDB_MODE=offline"):
-        start_wandb(run_name="a", stage="base", config={}, folder=tmp_path)
+        choose_mode("auto")
 
 
 def test_run_ids_are_stable_distinct_and_short_enough_for_a_file_name():
@@ -271,3 +238,152 @@ def test_run_ids_are_stable_distinct_and_short_enough_for_a_file_name():
     assert len(set(ids)) == len(ids)
     assert ids == [run_id_for(name, stage) for name in names for stage in ("base", "mid")]
     assert max(map(len, ids)) <= 96
+
+
+def test_names_say_version_run_stage_and_job_and_what_a_user_sets_wins(bare_environment):
+    bare_environment.setenv("SLURM_JOB_ID", "4711")
+    names = name_run("exp-top16-d26", "base", tags=["d26"])
+    assert re.fullmatch(r"v\d+\.\d+-exp-top16-d26-base_4711", names.name)
+    assert (names.group, names.job_type, names.project, names.tags) == ("exp-top16-d26", "base", "nanochat", ("d26",))
+    for name, value in {"NAME": "mine", "RUN_GROUP": "ours", "PROJECT": "theirs", "TAGS": "a,b"}.items():
+        bare_environment.setenv(f"WANDB_{name}", value)
+    names = name_run("exp-top16-d26", "base", tags=["d26"])
+    assert (names.name, names.group, names.project, names.tags) == ("mine", "ours", "theirs", ("d26", "a", "b"))
+    assert name_run("a", "base", project="flag", group="flag").group == "flag"
+    assert name_run("a", "base", project="flag").project == "flag"
+
+
+def test_without_a_word_it_is_online_only_with_a_key_and_an_answer(bare_environment, capsys):
+    with wandb_server() as server:
+        bare_environment.setenv("WANDB_BASE_URL", server.url)
+        assert choose_mode("auto") == "offline"
+        bare_environment.setenv("WANDB_API_KEY", KEY)
+        assert choose_mode("auto") == "online"
+        bare_environment.setenv("WANDB_MODE", "offline")
+        assert choose_mode("auto") == "offline"
+        assert choose_mode("online") == "online"
+        bare_environment.delenv("WANDB_MODE")
+    assert choose_mode("auto") == "offline"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("asked", ["auto", "online"])
+def test_a_host_that_never_answers_costs_seconds_and_not_the_run(bare_environment, capsys, asked):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        bare_environment.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        bare_environment.setenv("WANDB_API_KEY", KEY)
+        assert choose_mode(asked) == "offline"
+    assert ("does not answer" in capsys.readouterr().err) == (asked == "online")
+
+
+def test_a_wrong_key_is_named_with_its_fix_never_shown_and_the_run_is_recorded(tmp_path):
+    script = "run = start(); run.log({'batch/loss': 1.0}, 0); run.finish()"
+    with wandb_server() as server:
+        address = {"WANDB_BASE_URL": server.url, "WANDB_MODE": "online"}
+        short = python(tmp_path, script, environment={**address, "WANDB_API_KEY": KEY[:30]})
+        server.refuse = {"UpsertBucket": 401, "Viewer": 401, "ServerFeaturesQuery": 401}
+        refused = python(tmp_path, script, environment={**address, "WANDB_API_KEY": KEY[:-1] + "x"})
+    assert "has 30 characters, a key has 40 or more" in short.stderr
+    assert "W&B cannot go online" in refused.stderr
+    for done in (short, refused):
+        assert done.returncode == 0
+        assert KEY[:30] not in done.stdout + done.stderr
+    assert [len(history(read_back(folder))) for folder in run_folders(tmp_path)] == [1, 1]
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert KEY[:30].encode() not in written
+
+
+def test_online_a_resumed_run_goes_on_and_no_step_is_there_twice(tmp_path):
+    script = """
+        run = start()
+        for step in range({first}, {last}):
+            run.log({{"batch/loss": float(step)}}, step)
+        run.finish()
+    """
+    with wandb_server() as server:
+        online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        for first, last in ((0, 10), (7, 12)):
+            done = python(tmp_path, script.format(first=first, last=last), environment=online)
+            assert (done.returncode, done.stderr) == (0, "")
+        run = server.runs["nanochat", "arm_a-base"]
+    assert [(row["_step"], row["batch/loss"]) for row in run.history] == [(step, step) for step in range(12)]
+
+
+def test_what_was_printed_before_the_run_and_what_ended_it_are_in_its_logs(tmp_path):
+    script = """
+        from nanochat.tracking.console import Console
+        console = Console()
+        console.info("before the run")
+        run = start()
+        console.info("while it runs")
+        with console.progress("tokenising", 2) as bar:
+            bar.advance(2)
+        run.note("UsageError: what ended it")
+        run.finish()
+        console.info("between the runs")
+        run = start(stage="mid")
+        run.finish()
+    """
+    done = python(tmp_path, script)
+    assert done.stderr == ""
+    base, mid = sorted(run_folders(tmp_path), key=lambda folder: folder.name[-3:])
+    logs = {folder.name[-3:]: console(read_back(folder)) for folder in (base, mid)}
+    lines = logs["ase"].splitlines()
+    assert lines[:2] == ["before the run", "while it runs"]
+    assert re.fullmatch(r"tokenising: 100 % 2/2 .*", lines[2])
+    assert lines[3] == "UsageError: what ended it"
+    assert logs["mid"] == "between the runs\n"
+    assert done.stdout.splitlines() == [*lines[:3], "between the runs"]
+
+
+def test_a_table_is_shown_with_its_text_as_it_is(tmp_path):
+    script = """
+        run = start()
+        run.table("epoch/samples", [{"prompt": "a < b", "text": "<script>"}, {"prompt": "c", "text": "d"}], 3)
+        run.finish()
+    """
+    assert python(tmp_path, script).stderr == ""
+    (folder,) = run_folders(tmp_path)
+    (row,) = read_back(folder)["history"]
+    page = (folder / "files" / row["item"]["epoch/samples.path"]).read_text()
+    assert page.count("<tr>") == 3
+    assert "a &lt; b" in page
+    assert "<script>" not in page
+
+
+def test_what_an_interrupted_job_logged_is_read_back_after_sigterm(tmp_path):
+    script = """
+        run = start()
+        for step in range(20):
+            run.log({"batch/loss": 1.0}, step)
+        try:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            run.finish(75)
+    """
+    assert python(tmp_path, script).returncode == 75
+    (folder,) = run_folders(tmp_path)
+    records = read_back(folder)
+    assert len(history(records)) == 20
+    assert [record["exit_code"] for record in records["exit"]] == [75]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_costs_tracking_and_not_the_run(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(small)], capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounts")
+    try:
+        script = """
+            run = start(folder=Path(FOLDER) / "small")
+            for step in range(2000):
+                run.log({"batch/loss": 1.0, "text": "x" * 1000}, step)
+            run.finish()
+            print("trained")
+        """
+        done = python(tmp_path, script, environment={"WANDB_FINISH_TIMEOUT": "10"})
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["trained"])

@@ -7,6 +7,7 @@ half-lines, it is a plain line now and then.
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -16,6 +17,26 @@ from typing import Any, TextIO
 PLAIN_SECONDS = 30.0
 PLAIN_PARTS = 10
 PLAIN_SECONDS_AT_LEAST = 1.0
+
+
+# What was printed while no run recorded it, oldest first. More than this many lines say little about how a run began.
+_unrecorded: deque[str] = deque(maxlen=10_000)
+_recording = False
+
+
+def record_lines() -> list[str]:
+    """From now on a run records what is printed. Returns the lines printed since the last one did."""
+    global _recording
+    _recording = True
+    lines = list(_unrecorded)
+    _unrecorded.clear()
+    return lines
+
+
+def stop_recording_lines() -> None:
+    """From now on lines are kept, for the next run to begin with."""
+    global _recording
+    _recording = False
 
 
 def _scaled(value: float, units: tuple[str, ...], base: int) -> str:
@@ -143,6 +164,8 @@ class Console:
     def _print(self, text: str, stream: TextIO) -> None:
         if not self.enabled:
             return
+        if not _recording:
+            _unrecorded.append(text)
         # A stream that cannot write "×" must not end a run.
         encoding = stream.encoding or "utf-8"
         try:

@@ -7,7 +7,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanochat.files import whole_file
 
@@ -16,6 +18,28 @@ Points = tuple[Sequence[float], Sequence[float]]
 # Okabe and Ito (2008), jfly.uni-koeln.de/color: told apart under every common form of colour blindness. Their
 # yellow is left out, as it cannot be read on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of a figure: curves over one axis.
+
+    Attributes:
+        series: for each label the x and the y values, equally many. Values that are not finite, and on a
+            logarithmic axis those not above zero, leave a gap.
+        title: above the plot.
+        xlabel: the x axis, with its unit.
+        ylabel: the y axis, with its unit.
+        log_y: draw y on a logarithmic axis.
+        baseline: levels to compare with, drawn as dashed lines.
+    """
+
+    series: Mapping[str, Points]
+    title: str
+    xlabel: str
+    ylabel: str
+    log_y: bool = False
+    baseline: Mapping[str, float] | None = None
 
 
 def plot_curves(
@@ -28,17 +52,16 @@ def plot_curves(
     log_y: bool = False,
     baseline: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a PNG of one or more curves, atomically.
+    """Write a PNG of one `Panel`, atomically.
 
-    Args:
-        path: the PNG.
-        series: for each label the x and the y values, equally many. Values that are not finite, and on a
-            logarithmic axis those not above zero, leave a gap.
-        title: above the plot.
-        xlabel: the x axis, with its unit.
-        ylabel: the y axis, with its unit.
-        log_y: draw y on a logarithmic axis.
-        baseline: levels to compare with, drawn as dashed lines.
+    Raises:
+        ValueError: a series has not as many x as y values.
+    """
+    plot_panels(path, [Panel(series, title, xlabel, ylabel, log_y, baseline)])
+
+
+def plot_panels(path: Path, panels: Sequence[Panel]) -> None:
+    """Write a PNG of one or more panels, two in a row, atomically.
 
     Raises:
         ValueError: a series has not as many x as y values.
@@ -48,43 +71,49 @@ def plot_curves(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    def drawable(y: float) -> bool:
-        return math.isfinite(y) and (y > 0 or not log_y)
-
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
     with matplotlib.rc_context():
         # A user's matplotlibrc must not change what a report looks like.
         matplotlib.rcdefaults()
         # Titles come from users: a "$" in one is a dollar, not a formula. Chunks keep Agg from giving up on
         # very long noisy curves.
         matplotlib.rcParams.update({"text.parse_math": False, "agg.path.chunksize": 10_000})
-        figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+        figure = Figure(figsize=(8 * columns, 4.5 * rows), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        lines, labels = [], []
-        for index, (label, (x, y)) in enumerate(series.items()):
-            if len(x) != len(y):
-                raise ValueError(f"series {label!r} has {len(x)} x values and {len(y)} y values")
-            values = [value if drawable(value) else math.nan for value in y]
-            # A single point has no line to be seen by.
-            marker = "o" if sum(map(math.isfinite, values)) == 1 else ""
-            lines += axes.plot(x, values, color=COLOURS[index % len(COLOURS)], linewidth=1.5, marker=marker)
-            labels.append(label)
-        for index, (label, level) in enumerate((baseline or {}).items()):
-            if drawable(level):
-                colour = COLOURS[(len(series) + index) % len(COLOURS)]
-                lines.append(axes.axhline(level, color=colour, linewidth=1.2, linestyle="--"))
-                labels.append(label)
-        if log_y:
-            axes.set_yscale("log")
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        axes.grid(visible=True, color="#dddddd", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(lines) > 1:
-            axes.legend(lines, labels, frameon=False)
+        for place, panel in enumerate(panels, start=1):
+            _draw(figure.add_subplot(rows, columns, place), panel)
         with whole_file(path) as temporary, temporary.open("wb") as stream:
             # matplotlib's own version in the metadata would make equal plots differ.
             figure.savefig(stream, format="png", metadata={"Software": None})
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    def drawable(y: float) -> bool:
+        return math.isfinite(y) and (y > 0 or not panel.log_y)
+
+    lines, labels = [], []
+    for index, (label, (x, y)) in enumerate(panel.series.items()):
+        if len(x) != len(y):
+            raise ValueError(f"series {label!r} has {len(x)} x values and {len(y)} y values")
+        values = [value if drawable(value) else math.nan for value in y]
+        # A single point has no line to be seen by.
+        marker = "o" if sum(map(math.isfinite, values)) == 1 else ""
+        lines += axes.plot(x, values, color=COLOURS[index % len(COLOURS)], linewidth=1.5, marker=marker)
+        labels.append(label)
+    for index, (label, level) in enumerate((panel.baseline or {}).items()):
+        if drawable(level):
+            colour = COLOURS[(len(panel.series) + index) % len(COLOURS)]
+            lines.append(axes.axhline(level, color=colour, linewidth=1.2, linestyle="--"))
+            labels.append(label)
+    if panel.log_y:
+        axes.set_yscale("log")
+    axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+    axes.grid(visible=True, color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        axes.legend(lines, labels, frameon=False)
 
 
 def _give_matplotlib_a_home() -> None:

@@ -1,25 +1,36 @@
 """Weights & Biases: the only module that calls it, and the one that keeps it from ever stopping a run.
 
-W&B is a view of a run, not a part of it. So it is offline unless asked otherwise, it never asks a question,
+W&B is a view of a run, not a part of it. So it goes online only where that is known to work, it never asks a question,
 and after it has started, its first failure is reported in one line and it is left alone. The numbers are in
 `metrics.jsonl` whatever happens here.
 """
 
+import html
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from nanochat.errors import UsageError
 from nanochat.files import fingerprint
+from nanochat.identity import DISTRIBUTION, describe_commit, installed_version
+from nanochat.tracking.console import record_lines, stop_recording_lines
+from nanochat.tracking.wandb_key import answers, base_url, check_key, find_key
 
 if TYPE_CHECKING:
     import wandb
 
 Mode = Literal["online", "offline", "disabled"]
+AskedMode = Literal["auto", "online", "offline", "disabled"]
+
+PROJECT = "nanochat"
+# Hundreds of short runs would bury the few long ones, so arms of experiments and sweeps have a project of their own.
+EXPERIMENTS_PROJECT = "nanochat-experiments"
 
 # W&B's own second names for its modes.
 MODE_NAMES: dict[str, Mode] = {
@@ -49,24 +60,78 @@ VARIABLE_DEFAULTS = {
 LONGEST_RUN_ID = 96
 
 
+@dataclass(frozen=True)
+class RunNames:
+    """What one stage of one run is called in W&B. JSON-able, so that a restart finds the names it started with.
+
+    Attributes:
+        id: the same after every restart, so that W&B shows one run.
+        name: shown in W&B: `v<version>-<run>-<stage>_<job or time>`.
+        project: W&B's project.
+        group: shown together in W&B.
+        job_type: the stage.
+        tags: to filter by.
+    """
+
+    id: str
+    name: str
+    project: str
+    group: str
+    job_type: str
+    tags: tuple[str, ...] = ()
+
+
 def run_id_for(run_name: str, stage: str) -> str:
-    """The W&B id of one stage of one run: the same after every restart, so that W&B shows one run."""
+    """The W&B id of one stage of one run."""
     run_id = f"{run_name}-{stage}"
     if len(run_id) <= LONGEST_RUN_ID:
         return run_id
     return f"{run_id[: LONGEST_RUN_ID - 17]}-{fingerprint(run_id)}"
 
 
+def name_run(
+    run_name: str,
+    stage: str,
+    *,
+    project: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+) -> RunNames:
+    """Name a stage of a run. What is given wins, then W&B's own variables, then what is usual here.
+
+    Args:
+        run_name: the run, of an experiment's arm with both in it.
+        stage: the stage.
+        project: default: WANDB_PROJECT, or `nanochat`.
+        group: default: WANDB_RUN_GROUP, or the run, so that its stages are together.
+        tags: beside those of WANDB_TAGS.
+    """
+    version = ".".join((installed_version(DISTRIBUTION) or "0.0").split(".")[:2])
+    job = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+    named = [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
+    return RunNames(
+        id=run_id_for(run_name, stage),
+        name=os.environ.get("WANDB_NAME") or f"v{version}-{run_name}-{stage}_{job}",
+        project=project or os.environ.get("WANDB_PROJECT") or PROJECT,
+        group=group or os.environ.get("WANDB_RUN_GROUP") or run_name,
+        job_type=stage,
+        tags=tuple(dict.fromkeys((*tags, *named))),
+    )
+
+
 class WandbRun:
     """One stage's W&B run, or silence: after a failure, or where W&B is disabled, every method does nothing.
 
     Attributes:
-        folder: the run's own folder, which `wandb sync` takes; None where nothing is written.
+        folder: the run's own folder; None where nothing is written.
     """
 
     def __init__(self, run: "wandb.Run | None") -> None:
         self._run = run
         self.folder = Path(run.settings.sync_dir).absolute() if run is not None else None
+        # Online, a resumed run begins with steps that the server has, as the same run gives the same numbers. W&B
+        # would drop them too, with a warning for each.
+        self._first_step = run.starting_step if run is not None else 0
 
     @property
     def active(self) -> bool:
@@ -80,8 +145,32 @@ class WandbRun:
         a resumed fragment overlaps an earlier one, and metrics would move with it.
         """
         with self._quiet_after_failure():
-            if self._run is not None:
+            if self._run is not None and step >= self._first_step:
                 self._run.log({"step": step, **values}, step=step)
+
+    def table(self, key: str, rows: Sequence[Mapping[str, object]], step: int) -> None:
+        """Log a table, the keys of its first row as columns.
+
+        As HTML: W&B's own tables are artifacts, which want files outside of the run's folder and a server that
+        answers in the middle of a run.
+        """
+        if self._run is None or not rows:
+            return
+        cells = [[html.escape(str(cell)) for cell in line] for line in (rows[0], *(row.values() for row in rows))]
+        lines = ["".join(f"<td style='white-space:pre-wrap'>{cell}</td>" for cell in line) for line in cells]
+        content = "".join(f"<tr>{line}</tr>" for line in lines)
+        with self._quiet_after_failure():
+            import wandb
+
+            self.log({key: wandb.Html(f"<table border=1>{content}</table>", inject=False)}, step)
+
+    def note(self, line: str) -> None:
+        """Add a line to the run's Logs that is, or will be, printed while W&B does not listen."""
+        # W&B offers no public way; this is the function that its own capture of stdout calls.
+        write = getattr(self._run, "_console_raw_callback", None)
+        if write is not None:
+            with self._quiet_after_failure():
+                write("stdout", line + "\n")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the run's final figures."""
@@ -91,6 +180,7 @@ class WandbRun:
 
     def finish(self, exit_code: int = 0) -> None:
         """Write everything out and end the run with the stage's exit code. Later calls do nothing."""
+        stop_recording_lines()
         with self._quiet_after_failure():
             if self._run is not None:
                 import wandb
@@ -110,38 +200,24 @@ class WandbRun:
             _warn(f"W&B stopped recording ({_one_line(error)})", "metrics.jsonl goes on and has every step")
 
 
-def start_wandb(
-    *,
-    run_name: str,
-    stage: str,
-    config: Mapping[str, Any],
-    folder: Path,
-    project: str = "nanochat",
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto",
-    group: str | None = None,
-    run_id: str | None = None,
-) -> WandbRun:
+def start_wandb(names: RunNames, config: Mapping[str, Any], *, folder: Path, mode: AskedMode = "auto") -> WandbRun:
     """Start a stage's W&B run; call it on rank 0 only.
 
-    It waits for the network only if `mode`, or WANDB_MODE under `auto`, asks for `online`, and then for about
-    a minute at most before it records offline. Where a user has set W&B's own variables they win: WANDB_DIR
-    over `folder`, WANDB_PROJECT over `project`, and those of `VARIABLE_DEFAULTS`.
+    It waits for the network for seconds, and for about a minute where a host answers but then does not let it in.
+    What was printed since the last run, or since the command began, is put at the head of the run's Logs. W&B's own
+    WANDB_DIR wins over `folder`, and so do those of `VARIABLE_DEFAULTS`.
 
     Args:
-        run_name: the run; with `stage` it names the W&B run and is its id.
-        stage: the stage, also W&B's job type.
+        names: what the run is called.
         config: the whole resolved configuration.
         folder: where W&B may write; its run folders appear under `folder/wandb`.
-        project: W&B's project.
-        mode: `auto` is what WANDB_MODE says, else offline.
-        group: shown together in W&B; by default the run, so that its stages are.
-        run_id: an id to use instead of the one derived from the names.
+        mode: `auto` is what WANDB_MODE says, else online where there is a key and W&B answers, else offline.
 
     Raises:
         UsageError: WANDB_MODE is not a mode. Nothing else is raised: what fails later is reported on stderr
             and training goes on without W&B.
     """
-    resolved = _resolve_mode(mode)
+    resolved = choose_mode(mode)
     if resolved == "disabled":
         return WandbRun(None)
     try:
@@ -158,37 +234,68 @@ def start_wandb(
     attempts: tuple[Mode, ...] = ("online", "offline") if resolved == "online" else ("offline",)
     for attempt in attempts:
         try:
-            return WandbRun(
-                _init(
-                    mode=attempt,
-                    folder=folder,
-                    name=f"{run_name}-{stage}",
-                    run_id=run_id or run_id_for(run_name, stage),
-                    project=os.environ.get("WANDB_PROJECT") or project,
-                    group=group or os.environ.get("WANDB_RUN_GROUP") or run_name,
-                    stage=stage,
-                    config=config,
-                )
-            )
+            run = WandbRun(_init(names, config, mode=attempt, folder=folder))
         except Exception as error:
             _release()
             if attempt == "online":
-                _warn(
-                    f"W&B cannot go online ({_one_line(error)}); it records offline",
-                    f"upload later: wandb sync {folder}/wandb/offline-run-*",
-                )
+                _warn(f"W&B cannot go online ({_one_line(error)}); it records offline", "upload later: nanochat sync")
             else:
                 _warn(f"W&B is off: it did not start ({_one_line(error)})", "metrics.jsonl has every step")
+        else:
+            for line in record_lines():
+                run.note(line)
+            return run
     return WandbRun(None)
 
 
-def _resolve_mode(mode: Literal["auto", "online", "offline", "disabled"]) -> Mode:
-    if mode != "auto":
-        return mode
-    asked = os.environ.get("WANDB_MODE") or "offline"
-    if asked not in MODE_NAMES:
-        raise UsageError(f"WANDB_MODE={asked!r} is not a W&B mode", "unset WANDB_MODE, or export WANDB_MODE=offline")
-    return MODE_NAMES[asked]
+def asked_mode(mode: AskedMode) -> Mode | None:
+    """The mode that a flag, or else WANDB_MODE, asks for; None if neither does.
+
+    Raises:
+        UsageError: WANDB_MODE is not a mode.
+    """
+    named = os.environ.get("WANDB_MODE") or "" if mode == "auto" else mode
+    if named and named not in MODE_NAMES:
+        raise UsageError(f"WANDB_MODE={named!r} is not a W&B mode", "unset WANDB_MODE, or export WANDB_MODE=offline")
+    return MODE_NAMES[named] if named else None
+
+
+def choose_mode(mode: AskedMode) -> Mode:
+    """The mode to start in: as asked for, then as WANDB_MODE says, then online only where that will work.
+
+    Where it is online by any of them, the key and the host are looked at first, for a few seconds at most, and what
+    is wrong with them is a warning, with offline instead.
+
+    Raises:
+        UsageError: WANDB_MODE is not a mode.
+    """
+    asked = asked_mode(mode)
+    if asked in ("offline", "disabled"):
+        return asked
+    key = find_key()
+    if key is None:
+        if asked == "online":
+            _warn(
+                "W&B cannot go online (there is no key); it records offline",
+                "wandb login, or put WANDB_API_KEY=… into .env (chmod 600 .env); upload later: nanochat sync",
+            )
+        return "offline"
+    if key.warning:
+        print(f"warning: {key.warning}", file=sys.stderr, flush=True)
+    try:
+        check_key(key)
+    except UsageError as error:
+        _warn(f"W&B cannot go online ({error.what}); it records offline", f"{error.fix}; upload later: nanochat sync")
+        return "offline"
+    if not answers(base_url()):
+        # Nothing to say where nobody asked for online: most compute nodes have no internet.
+        if asked == "online":
+            _warn(f"W&B cannot go online ({base_url()} does not answer); it records offline", "later: nanochat sync")
+        return "offline"
+    if Path(key.source).name == ".env":
+        # W&B does not look there; the other places it knows itself.
+        os.environ["WANDB_API_KEY"] = key.value
+    return "online"
 
 
 def _prepare(folder: Path) -> None:
@@ -197,7 +304,15 @@ def _prepare(folder: Path) -> None:
     runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=runs):
         pass
-    defaults = {**VARIABLE_DEFAULTS, "WANDB_CACHE_DIR": str(folder / "cache")}
+    commit = describe_commit().get("commit")
+    defaults = {
+        **VARIABLE_DEFAULTS,
+        "WANDB_BASE_URL": base_url(),
+        "WANDB_CACHE_DIR": str(folder / "cache"),
+        "WANDB_DATA_DIR": str(folder / "data"),
+        # An image has no .git to look into, and the repository that a workspace may lie in is not ours.
+        **({"WANDB_GIT_COMMIT": commit} if commit else {"WANDB_DISABLE_GIT": "true"}),
+    }
     try:
         Path.home()
     except RuntimeError:
@@ -207,28 +322,19 @@ def _prepare(folder: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def _init(
-    *,
-    mode: Mode,
-    folder: Path,
-    name: str,
-    run_id: str,
-    project: str,
-    group: str,
-    stage: str,
-    config: Mapping[str, Any],
-) -> "wandb.Run":
+def _init(names: RunNames, config: Mapping[str, Any], *, mode: Mode, folder: Path) -> "wandb.Run":
     import wandb
 
     with _nobody_to_ask():
         run = wandb.init(
             mode=mode,
             dir=folder,
-            name=name,
-            id=run_id,
-            project=project,
-            group=group,
-            job_type=stage,
+            name=names.name,
+            id=names.id,
+            project=names.project,
+            group=names.group,
+            job_type=names.job_type,
+            tags=list(names.tags),
             config=dict(config),
             resume="allow",
         )
