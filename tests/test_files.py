@@ -1,6 +1,7 @@
 """Files appear whole or not at all, and manifests catch every change."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,13 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.errors import DataError
+from nanochat import files
+from nanochat.errors import DataError, UsageError
 from nanochat.files import (
+    LEASE_STALE_SECONDS,
     file_entry,
     fingerprint,
+    leases,
     read_json,
     read_manifest,
+    refuse_if_used,
     remove_stale_temporaries,
+    use_folders,
     verify_files,
     whole_file,
     write_json,
@@ -113,3 +119,58 @@ def test_a_folder_of_another_kind_is_not_taken_for_this_one(tmp_path: Path) -> N
     write_manifest(tmp_path, "corpus", [])
     with pytest.raises(DataError, match="does not describe a folder of kind 'tokens'"):
         read_manifest(tmp_path, "tokens", "fix it")
+
+
+def test_a_folder_in_use_is_refused_to_others_and_says_by_whom(tmp_path: Path) -> None:
+    holder = (
+        "import sys, time; from pathlib import Path; from nanochat.files import use_folders\n"
+        "with use_folders('the training of d12', Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "SLURM_JOB_ID": "4711"}
+    command = [sys.executable, "-c", holder, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match=rf"in use by the training of d12 \(host .*{process.pid}, job 4711"):
+            refuse_if_used(tmp_path, "the folder")
+        (overridden,) = refuse_if_used(tmp_path, "the folder", force=True)
+        assert overridden.pid == process.pid
+        process.kill()
+    # A kill leaves the lease, which is known for stale and forgotten.
+    assert [lease.is_stale for lease in leases(tmp_path)] == [True]
+    assert refuse_if_used(tmp_path, "the folder") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lease_of_another_host_is_stale_once_it_is_no_longer_renewed(tmp_path: Path) -> None:
+    path = tmp_path / ".use-elsewhere-1-00000000"
+    write_json(path, {"what": "a run", "host": "elsewhere", "pid": 1, "job": ""})
+    assert not leases(tmp_path)[0].is_stale
+    long_ago = time.time() - LEASE_STALE_SECONDS - 5
+    os.utime(path, (long_ago, long_ago))
+    assert leases(tmp_path)[0].is_stale
+
+
+def test_a_lease_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LEASE_RENEWAL_SECONDS", 0.01)
+    with use_folders("a run", tmp_path):
+        (lease,) = leases(tmp_path)
+        os.utime(lease.path, (0, 0))
+        deadline = time.monotonic() + 30
+        while leases(tmp_path)[0].is_stale and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not leases(tmp_path)[0].is_stale
+
+
+def test_ones_own_use_is_no_obstacle_and_leaves_nothing(tmp_path: Path) -> None:
+    with use_folders("a run", tmp_path, tmp_path / "missing"):
+        assert [lease.is_own for lease in leases(tmp_path)] == [True]
+        assert refuse_if_used(tmp_path, "the folder") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_linked_folder_is_in_use_under_all_its_names(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with use_folders("a run", tmp_path / "link"):
+        assert len(leases(tmp_path / "real")) == len(leases(tmp_path / "link")) == 1

@@ -11,9 +11,13 @@ import os
 import secrets
 import shlex
 import shutil
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +26,11 @@ from nanochat.errors import DataError, UsageError
 TEMPORARY_MARK = ".tmp-"
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
+LEASE_MARK = ".use-"
+# A reader that has not renewed its lease for so long is dead or cut off. Ten missed renewals: a busy metadata server
+# may well miss a few.
+LEASE_RENEWAL_SECONDS = 30.0
+LEASE_STALE_SECONDS = 300.0
 
 
 def sync_folder(folder: Path) -> None:
@@ -223,6 +232,139 @@ def lock_folder(folder: Path, what: str) -> TextIO:
             "wait for it or stop it, or choose another name",
         ) from None
     return stream
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Who reads a folder: a file beside the data, whose time of change is the reader's heartbeat."""
+
+    path: Path
+    what: str
+    host: str
+    pid: int
+    job: str
+    age_seconds: float
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this very process holds it."""
+        return self.host == socket.gethostname() and self.pid == os.getpid()
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its holder has gone: it stopped renewing, or is not among the processes of this host."""
+        return self.age_seconds > LEASE_STALE_SECONDS or (self.host == socket.gethostname() and not _runs(self.pid))
+
+    def __str__(self) -> str:
+        job = f", job {self.job}" if self.job else ""
+        return f"{self.what} (host {self.host}, process {self.pid}{job}, last seen {self.age_seconds:.0f} s ago)"
+
+
+@contextmanager
+def use_folders(what: str, *folders: Path) -> Iterator[None]:
+    """Tell writers on every machine that folders are being read, as long as the context lasts.
+
+    In each a file that is renewed every LEASE_RENEWAL_SECONDS, because flock does not reach other nodes on every
+    network file system. A folder that this process may not write to gets none: it is not ours to replace either.
+
+    Args:
+        what: who reads, for the error of the one who would write.
+        folders: those that are not there are passed over.
+    """
+    host, pid = socket.gethostname(), os.getpid()
+    name = f"{LEASE_MARK}{host}-{pid}-{secrets.token_hex(4)}"
+    held: list[Path] = []
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(LEASE_RENEWAL_SECONDS):
+            for path in held:
+                # A folder that was replaced by force has lost the lease with all else.
+                with suppress(OSError):
+                    os.utime(path)
+
+    try:
+        for folder in folders:
+            with suppress(OSError):
+                if folder.is_dir():
+                    path = folder.resolve() / name
+                    write_json(
+                        path, {"what": what, "host": host, "pid": pid, "job": os.environ.get("SLURM_JOB_ID", "")}
+                    )
+                    held.append(path)
+        if held:
+            threading.Thread(target=renew, name="leases", daemon=True).start()
+        yield
+    finally:
+        ended.set()
+        for path in held:
+            path.unlink(missing_ok=True)
+
+
+def leases(folder: Path) -> list[Lease]:
+    """Who says to read a folder, those included that are stale.
+
+    Age is told by the clock of the file system, as those of two nodes may differ by more than a heartbeat.
+    """
+    found = sorted(folder.glob(f"{LEASE_MARK}*"))
+    if not found:
+        return []
+    now = _file_system_time(folder)
+    result = []
+    for path in found:
+        # It may end its use while we look, and one that cannot be read was torn by a crash of its host.
+        with suppress(DataError, OSError, KeyError, TypeError):
+            about = read_json(path)
+            age = max(0.0, now - path.stat().st_mtime)
+            result.append(Lease(path, about["what"], about["host"], about["pid"], about["job"], age))
+    return result
+
+
+def refuse_if_used(
+    folder: Path, what: str, *, force: bool = False, fix: str = "wait for it, or stop it"
+) -> list[Lease]:
+    """Check that no other process reads a folder that is to be rewritten or replaced; forget stale leases.
+
+    Args:
+        what: what the folder is, for the error.
+        force: go on all the same.
+        fix: for the error.
+
+    Returns:
+        Whose use was overridden: empty without `force`.
+
+    Raises:
+        UsageError: it is in use; names by whom.
+    """
+    found = leases(folder)
+    for lease in found:
+        if lease.is_stale:
+            lease.path.unlink(missing_ok=True)
+    users = [lease for lease in found if not lease.is_own and not lease.is_stale]
+    if users and not force:
+        raise UsageError(f"{what} is in use by {'; '.join(map(str, users))}", fix)
+    return users
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _file_system_time(folder: Path) -> float:
+    probe = folder / f"{TEMPORARY_MARK}time-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def remove_stale_temporaries(folder: Path) -> None:

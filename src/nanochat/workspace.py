@@ -100,6 +100,16 @@ class Workspace:
         return self.root / "eval_bundle"
 
     @property
+    def encodings(self) -> Path:
+        """GPT-2's and GPT-4's vocabularies, to compare tokenizers with, under the names that tiktoken's cache uses."""
+        return self.root / "encodings"
+
+    @property
+    def inventory(self) -> Path:
+        """What was staged for machines without network: every file, its size and checksum, and where it came from."""
+        return self.root / "inventory.json"
+
+    @property
     def report(self) -> Path:
         """`report.md`, its plots, and the JSON it is rendered from."""
         return self.root / "report"
@@ -108,6 +118,11 @@ class Workspace:
     def wandb(self) -> Path:
         """W&B run folders (WANDB_DIR points here unless the user set it)."""
         return self.root / "wandb"
+
+    @property
+    def downloads(self) -> Path:
+        """Files from elsewhere as they were there, before something was made of them; safe to delete."""
+        return self.root / "downloads"
 
     @property
     def cache(self) -> Path:

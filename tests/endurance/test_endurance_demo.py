@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
+from nanochat.tracking.keys import CLOCKED
+
 KILLS = 20
 # Seconds between a moment's line and the kill: enough to reach into saves, evaluations and the next line's work.
 LATEST = 8.0
 # Lines that every run prints once, in this order, however often it was killed before.
 MOMENT = re.compile(r"step \d+/\d+ |\[\d/\d\] \w+ …$")
 # What a clock decides.
-CLOCKED = ("time/", "memory/")
 
 
 def start_demo(workspace: Path) -> "subprocess.Popen[str]":
@@ -58,7 +59,7 @@ def what_a_run_leaves(workspace: Path) -> dict[str, Any]:
     for path in sorted(demo.glob("runs/*/*/*/metrics.jsonl")):
         rows = map(json.loads, path.read_text().splitlines())
         left[str(path.relative_to(demo))] = [
-            {key: value for key, value in row.items() if not key.startswith(CLOCKED)} for row in rows
+            {key: value for key, value in row.items() if key not in CLOCKED} for row in rows
         ]
     left["compared"] = json.loads((demo / "report/sections/eval.json").read_text())["compared"]
     return left

@@ -1,7 +1,8 @@
 """Parquet shards of text with a manifest: written whole or not at all, and read with every page checked.
 
-A corpus is a folder of `shard_00000.parquet`, `shard_00001.parquet`, … with one column, `text`. The last
-shard is the validation set, all others are for training; `manifest.json` says what each must contain.
+A corpus is a folder of `shard_00000.parquet`, `shard_00001.parquet`, … with a column `text`, and others where its
+source has some worth keeping. The last shard is the validation set, all others are for training; `manifest.json` says
+what each must contain.
 
 The validation set is chosen by the texts themselves: the documents with the smallest seeded digests. So it
 is a uniform sample whatever order or kind the documents come in, it can be taken while streaming, and exact
@@ -19,6 +20,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -39,6 +41,10 @@ from nanochat.files import (
 Split = Literal["train", "val"]
 
 TEXT_COLUMN = "text"
+TEXT_FIELD = pa.field(TEXT_COLUMN, pa.string(), nullable=False)
+# How many tokens a row has by its publisher's count; the one other column that is added up.
+COUNT_COLUMN = "token_count"
+FIX_CORPUS = "nanochat data builtin, or: nanochat data local FOLDER; for shards already there: nanochat data adopt"
 # Readers hold one row group in memory. 500–5,000 rows of web text read fastest.
 ROW_GROUP_ROWS = 1024
 ROW_GROUP_BYTES = 64 * 2**20
@@ -126,9 +132,10 @@ class _ValidationSample:
         return [text] * copies
 
 
-def text_digest(text: str, seed: int) -> int:
-    """A 128-bit number that depends on the text and the seed alone, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16, key=str(seed).encode()).digest())
+def text_digest(text: str | bytes, seed: int) -> int:
+    """A 128-bit number that depends on the text (as bytes: in UTF-8) and the seed alone, the same on every machine."""
+    content = text.encode() if isinstance(text, str) else text
+    return int.from_bytes(hashlib.blake2b(content, digest_size=16, key=str(seed).encode()).digest())
 
 
 def write_corpus(
@@ -171,7 +178,7 @@ def write_corpus(
         "source": source,
         "layout": {"rows_per_shard": rows_per_shard, "validation_rows": validation_rows, "seed": seed},
     }
-    existing = _existing_manifest(folder, identity)
+    existing = existing_manifest(folder, identity)
     if existing is not None:
         return existing
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -181,19 +188,19 @@ def write_corpus(
         cleaning = _Cleaning()
         sample = _ValidationSample(validation_rows, seed)
         train_texts = sample.training_texts(cleaning.clean(texts))
-        files = _write_shards(building, train_texts, rows_per_shard)
+        files = _write_text_shards(building, train_texts, rows_per_shard)
         if not files:
             raise UsageError(
                 f"{folder} would have nothing to train on: its texts hold fewer than two different documents",
                 "give it more text",
             )
-        files.append(_write_shard(building / _shard_name(len(files)), sample.texts(), "val"))
+        files.append(write_shard(building / shard_name(len(files)), _tables(sample.texts()), "val"))
         manifest = write_manifest(
             building,
             "corpus",
             files,
             schema={TEXT_COLUMN: "string"},
-            totals=_totals(files),
+            totals=corpus_totals(files),
             empty_texts_skipped=cleaning.empty,
             invalid_texts_repaired=cleaning.repaired,
             details=dict(details or {}),
@@ -203,7 +210,7 @@ def write_corpus(
             building.rename(folder)
         except OSError:
             # Another process finished first. If it made the same corpus, that one is as good as ours.
-            existing = _existing_manifest(folder, identity)
+            existing = existing_manifest(folder, identity)
             if existing is None:
                 raise
             shutil.rmtree(building)
@@ -294,20 +301,25 @@ def adopt(folder: Path) -> Corpus:
             f"{folder} has {len(paths)} shard_*.parquet: it takes one to train on and one to validate on",
             "move the folder and import it, which cuts a validation set: nanochat data local FOLDER",
         )
-    files = [_adopted_entry(path, "val" if path == paths[-1] else "train", fix) for path in paths]
+    files = [describe_shard(path, "val" if path == paths[-1] else "train", fix) for path in paths]
     write_manifest(
         folder,
         "corpus",
         files,
         schema={TEXT_COLUMN: "string"},
-        totals=_totals(files),
+        totals=corpus_totals(files),
         source={"name": "adopted"},
     )
     return open_corpus(folder, fix)
 
 
-def _existing_manifest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of the corpus at `folder` if it is the one asked for, `None` if nothing is there."""
+def existing_manifest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the corpus at `folder` if it is the one asked for, `None` if nothing is there.
+
+    Raises:
+        UsageError: something else is there.
+        DataError: the corpus is there and not whole.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     elsewhere = f"set NANOCHAT_BASE_DIR to another folder, or remove this corpus: rm -r {folder}"
@@ -319,61 +331,99 @@ def _existing_manifest(folder: Path, identity: dict[str, Any]) -> dict[str, Any]
     return manifest
 
 
-def _shard_name(index: int) -> str:
+def shard_name(index: int) -> str:
+    """The name of a corpus' shard."""
     return f"shard_{index:05d}.parquet"
 
 
-def _write_shards(folder: Path, texts: Iterator[str], rows_per_shard: int) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = []
-    for first in texts:
-        shard = chain([first], islice(texts, rows_per_shard - 1))
-        entries.append(_write_shard(folder / _shard_name(len(entries)), shard, "train"))
-    return entries
+def write_shard(
+    path: Path, tables: Iterable[pa.Table], split: Split, schema: pa.Schema | None = None
+) -> dict[str, Any]:
+    """Write one shard and sync it. Its bytes depend on the rows alone, not on how `tables` divide them.
 
+    Args:
+        path: written in place: put it into a folder that is not yet under its final name.
+        tables: rows with a column `text` that holds valid UTF-8 and no null; one row group is in memory.
+        split: the split for the manifest.
+        schema: of the tables; only `text` by default.
 
-def _write_shard(path: Path, texts: Iterable[str], split: Split) -> dict[str, Any]:
-    rows = characters = text_bytes = 0
-    schema = pa.schema([pa.field(TEXT_COLUMN, pa.string(), nullable=False)])
-    # Documents hardly repeat, so a dictionary would only cost time. Page checksums let a reader notice a
-    # flipped bit.
+    Returns:
+        The manifest's entry: rows, characters, UTF-8 bytes, checksum, split; also tokens if there is `token_count`.
+    """
+    schema = schema or pa.schema([TEXT_FIELD])
+    counts = dict.fromkeys(("rows", "characters", "text_bytes"), 0)
+    if COUNT_COLUMN in schema.names:
+        counts[COUNT_COLUMN] = 0
+    # Documents hardly repeat, so a dictionary would only cost time. Page checksums let a reader notice a flipped bit.
     with pq.ParquetWriter(
         path, schema, compression="zstd", compression_level=3, use_dictionary=False, write_page_checksum=True
     ) as writer:
-        for group in _row_groups(texts):
-            array = pa.array(group, pa.string())
-            writer.write_table(pa.table([array], schema=schema), row_group_size=ROW_GROUP_ROWS)
-            rows += len(group)
-            characters += sum(map(len, group))
-            text_bytes += pc.sum(pc.binary_length(array)).as_py()
+        for group in _row_groups(tables):
+            writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
+            counts["rows"] += group.num_rows
+            counts["characters"] += pc.sum(pc.utf8_length(group[TEXT_COLUMN])).as_py()
+            counts["text_bytes"] += pc.sum(pc.binary_length(group[TEXT_COLUMN])).as_py()
+            if COUNT_COLUMN in counts:
+                counts[COUNT_COLUMN] += pc.sum(group[COUNT_COLUMN]).as_py() or 0
     sync_file(path)
-    return file_entry(path, rows=rows, characters=characters, text_bytes=text_bytes, split=split)
+    return file_entry(path, **counts, split=split)
 
 
-def _row_groups(texts: Iterable[str]) -> Iterator[list[str]]:
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Groups that are bounded in rows and in bytes: one group of huge documents must still fit in memory."""
-    group: list[str] = []
+    waiting: list[pa.Table] = []
+    rows = size = 0
+    for table in tables:
+        while table.num_rows:
+            lengths = pc.binary_length(table[TEXT_COLUMN].slice(0, ROW_GROUP_ROWS - rows)).to_numpy()
+            sizes = size + np.cumsum(lengths, dtype=np.int64)
+            taken = min(len(lengths), int(np.searchsorted(sizes, ROW_GROUP_BYTES)) + 1)
+            waiting.append(table.slice(0, taken))
+            rows, size, table = rows + taken, int(sizes[taken - 1]), table.slice(taken)
+            if rows == ROW_GROUP_ROWS or size >= ROW_GROUP_BYTES:
+                yield pa.concat_tables(waiting).combine_chunks()
+                waiting, rows, size = [], 0, 0
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _write_text_shards(folder: Path, texts: Iterator[str], rows_per_shard: int) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for first in texts:
+        shard = chain([first], islice(texts, rows_per_shard - 1))
+        entries.append(write_shard(folder / shard_name(len(entries)), _tables(shard), "train"))
+    return entries
+
+
+def _tables(texts: Iterable[str]) -> Iterator[pa.Table]:
+    schema = pa.schema([TEXT_FIELD])
+    waiting: list[str] = []
     characters = 0
     for text in texts:
-        group.append(text)
+        waiting.append(text)
         characters += len(text)
-        if len(group) == ROW_GROUP_ROWS or characters >= ROW_GROUP_BYTES:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
+        if len(waiting) == ROW_GROUP_ROWS or characters >= ROW_GROUP_BYTES:
+            yield pa.table([pa.array(waiting, pa.string())], schema=schema)
+            waiting, characters = [], 0
+    if waiting:
+        yield pa.table([pa.array(waiting, pa.string())], schema=schema)
 
 
-def _totals(files: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+def corpus_totals(files: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """What the files of each split hold together."""
+    keys = [key for key in ("rows", "characters", "text_bytes", COUNT_COLUMN) if all(key in entry for entry in files)]
     return {
-        split: {
-            key: sum(entry[key] for entry in files if entry["split"] == split)
-            for key in ("rows", "characters", "text_bytes")
-        }
+        split: {key: sum(entry[key] for entry in files if entry["split"] == split) for key in keys}
         for split in ("train", "val")
     }
 
 
-def _adopted_entry(path: Path, split: Split, fix: str) -> dict[str, Any]:
+def describe_shard(path: Path, split: Split, fix: str) -> dict[str, Any]:
+    """The manifest's entry of a shard that another tool wrote, found by reading all of its texts.
+
+    Raises:
+        DataError: it is empty, damaged, or without a full column `text`; `fix` names what brings it again.
+    """
     rows = characters = text_bytes = 0
     for array in _read_batches(path, TEXT_COLUMN, fix):
         if array.null_count:

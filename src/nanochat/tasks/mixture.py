@@ -5,10 +5,11 @@ A mixture is a list of entries: `NAME`, once through; `NAME:xN`, N times; `NAME:
 
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nanochat.config import RunConfig, StageName
 from nanochat.corpus.conversation import Conversation
 from nanochat.errors import DataError, UsageError
 from nanochat.files import fingerprint
@@ -73,6 +74,18 @@ def mixture(entries: Sequence[str], task_data: Path, split: Split) -> Iterator[C
         for _ in range(entry.times if split == "train" else 1):
             for index in indices:
                 yield problems[index].conversation
+
+
+def mixtures_of(config: RunConfig, stages: Collection[StageName]) -> list[tuple[str, ...]]:
+    """The tasks that the chosen stages train on or examine with."""
+    chosen = {"mid": config.mid.tasks, "sft": config.sft.tasks, "eval": examined_tasks(config)}
+    return [tasks for name, tasks in chosen.items() if name in stages]
+
+
+def examined_tasks(config: RunConfig) -> tuple[str, ...]:
+    """The names of the tasks to examine with: those asked for, or all that are trained on; some may be mere talk."""
+    entries = config.evaluation.tasks or (*config.mid.tasks, *config.sft.tasks)
+    return tuple(dict.fromkeys(entry.task for entry in parse_mixture(entries)))
 
 
 def check_mixtures(mixtures: Iterable[Sequence[str]], task_data: Path) -> None:

@@ -1,0 +1,66 @@
+"""Independent pieces of work on several processes."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from nanochat.errors import NanochatError, UsageError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def run_tasks(
+    work: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None, what: str
+) -> Iterator[tuple[Task, Result]]:
+    """Yield tasks with their results as they finish. One worker is this process itself, ready at once.
+
+    Args:
+        work: a function of a module, which other processes can import.
+        tasks: picklable, and safe to repeat.
+        workers: processes; by default one per usable core.
+        what: what a worker does, for the error.
+
+    Raises:
+        UsageError: `workers` is less than 1.
+        NanochatError: a worker was killed; what is done is kept by whoever did it.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"{workers} workers cannot do anything", "use --workers 1 or more")
+    count = min(workers or len(os.sched_getaffinity(0)), len(tasks))
+    if count <= 1:
+        for task in tasks:
+            yield task, work(task)
+        return
+    # `spawn`, because the caller may have threads that a fork would copy in an undefined state.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=_end_with_parent) as pool:
+        try:
+            futures = {pool.submit(work, task): task for task in tasks}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise NanochatError(
+                f"a worker that {what} was killed, most often for lack of memory",
+                "run the same command with fewer --workers; what is finished is kept",
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would otherwise wait for its next task for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), name="parent", daemon=True).start()
