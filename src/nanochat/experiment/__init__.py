@@ -1,1 +1,1 @@
-"""Arms of an experiment, which differ in their data alone: planned, trained and compared."""
+"""Experiments: the same model trained on different data, with everything else provably equal, and compared."""
