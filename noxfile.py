@@ -2,7 +2,9 @@
 
 import os
 import platform
+import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,19 +20,28 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH = "torch==2.13.0"
 
 
-def install(session: nox.Session, *extras: str) -> None:
+def install(session: nox.Session, *extras: str, python: str = "python", checkout: str = ".") -> None:
     """Install this checkout with the frozen torch: the CPU build where there is no GPU.
 
     A folder of wheels named in PIP_FIND_LINKS is honoured: if it holds a CPU build, pip prefers that by itself.
+
+    Args:
+        session: whose environment it is.
+        extras: of pyproject.toml, beside the frozen torch.
+        python: of another environment than the session's.
+        checkout: a copy of it elsewhere.
     """
+    pip = (python, "-m", "pip", "install", "--quiet")
+    foreign = python != "python"
     on_plain_linux = sys.platform == "linux" and platform.machine() == "x86_64"
     if on_plain_linux and not shutil.which("nvidia-smi") and not os.environ.get("PIP_FIND_LINKS"):
         # Where that index cannot be reached the next line installs the default build: larger, but it runs as well.
-        session.run(
-            *("python", "-m", "pip", "install", "--quiet", TORCH, "--index-url", TORCH_CPU_INDEX),
-            success_codes=[0, 1],
-        )
-    session.install("--editable", f".[{','.join(('frozen', *extras))}]")
+        session.run(*pip, TORCH, "--index-url", TORCH_CPU_INDEX, success_codes=[0, 1], external=foreign)
+    package = ("--editable", f"{checkout}[{','.join(('frozen', *extras))}]")
+    if foreign:
+        session.run(*pip, *package, external=True)
+    else:
+        session.install(*package)
 
 
 @nox.session
@@ -97,7 +108,8 @@ def lock(session: nox.Session) -> None:
             from_index = [] if links else [f"--torch-backend={variant}"]
             torch = [str(asked), *(f"--find-links={link}" for link in links), *from_index]
         session.run(
-            *("uv", "pip", "compile", "--quiet", "pyproject.toml", "--extra=frozen", "--generate-hashes", *torch),
+            *("uv", "pip", "compile", "--quiet", "pyproject.toml", "--generate-hashes", *torch),
+            *("--extra=frozen", "--extra=azure", "--extra=tensorboard"),
             # Debian 12's Python and C library. No addresses, so that a lock is the same behind a mirror.
             *("--python-version=3.11", "--python-platform=x86_64-manylinux_2_36", "--only-binary=:all:", *upgrade),
             *("--no-emit-index-url", "--no-emit-find-links", "--no-annotate", "--no-header", f"--output-file={result}"),
@@ -129,4 +141,43 @@ def image(session: nox.Session) -> None:
     session.run(
         *("pytest", "--noconftest", "-m", "image", "tests/container/test_container_image.py"),
         env={"NANOCHAT_IMAGE": str(built), "NANOCHAT_IMAGE_CANARY": canary},
+    )
+
+
+# Root's own folders, where checkouts and environments often lie, are closed to the users that jobs run as.
+CLUSTER_FOLDER = Path("/var/cache/nanochat-cluster")
+
+
+@nox.session(venv_backend="none")
+def cluster(session: nox.Session) -> None:
+    """Submit, stop, requeue and crash jobs on a Slurm cluster of four nodes on this machine; as root. `-- --setup`.
+
+    Jobs run through the image that NANOCHAT_IMAGE names, or else with a Python environment, as NANOCHAT_TEST_USER.
+    """
+    if "--setup" in session.posargs:
+        session.run("apt-get", "update", "--quiet", external=True)
+        command = ("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", "slurm-wlm", "munge")
+        session.run(*command, env={"DEBIAN_FRONTEND": "noninteractive"}, external=True)
+    if lacking := runpy.run_path("tests/slurm_cluster/local_slurm.py")["missing"]():
+        session.error(lacking)
+    user = os.environ.get("NANOCHAT_TEST_USER", "nanochat-test")
+    if subprocess.run(["id", user], capture_output=True).returncode:
+        session.run("useradd", "--create-home", "--shell=/bin/bash", user, external=True)
+    checkout, environment = CLUSTER_FOLDER / "checkout", CLUSTER_FOLDER / "environment"
+    shutil.rmtree(checkout, ignore_errors=True)
+    for name in ("src", "slurm"):
+        shutil.copytree(name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(name, checkout)
+    if not environment.exists():
+        # The system's Python, as that of the session may be root's own.
+        system = shutil.which("python3", path="/usr/local/bin:/usr/bin") or session.error("no python3 in /usr/bin")
+        session.run(sys.executable, "-m", "virtualenv", f"--python={system}", str(environment), external=True)
+    python = str(environment / "bin" / "python")
+    install(session, "test", python=python, checkout=str(checkout))
+    session.run(
+        *(python, "-m", "pytest", "-m", "cluster", "tests/slurm_cluster"),
+        *[argument for argument in session.posargs if argument != "--setup"],
+        env={"NANOCHAT_TEST_USER": user, "NANOCHAT_TEST_CHECKOUT": str(checkout)},
+        external=True,
     )

@@ -34,7 +34,7 @@ def final_bits_per_byte(folder: Path, digit_group: int, seed: int, steps: int) -
     environment = {**os.environ, "NANOCHAT_BASE_DIR": str(folder)}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     record = json.loads((folder / "runs" / run / "stages" / "base.json").read_text())
-    return float(record["outputs"]["val/bpb"])
+    return float(record["outputs"]["epoch/bpb"])
 
 
 def main() -> None:

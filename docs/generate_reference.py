@@ -76,9 +76,19 @@ def _parameters(run: Callable[..., None]) -> Iterator[Flag]:
     hints, annotations = get_type_hints(run), get_type_hints(run, include_extras=True)
     meanings = _argument_docs(run)
     for name, parameter in inspect.signature(run).parameters.items():
+        if _is_group(hints[name]):
+            inside = get_type_hints(hints[name], include_extras=True)
+            for flag in _fields(hints[name]):
+                yield dataclasses.replace(flag, prefix=_prefix(flag.name, inside[flag.name]))
+            continue
         positional = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
         prefix = _prefix(name, annotations[name])
         yield Flag(name, hints[name], parameter.default, meanings.get(name, ""), positional, prefix)
+
+
+def _is_group(kind: Any) -> bool:
+    """Whether it is settings that hold other settings: their own flags stand as if they were the command's."""
+    return dataclasses.is_dataclass(kind) and any(map(dataclasses.is_dataclass, get_type_hints(kind).values()))
 
 
 def _prefix(name: str, annotation: Any) -> str:

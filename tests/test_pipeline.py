@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 
 from nanochat.config import ALL_STAGES
+from nanochat.tracking.keys import CLOCKED
+from nanochat.tracking.metrics import read
+from nanochat.tracking.runs import RunRecord
 from texts import small_texts
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -95,7 +98,7 @@ def final_state(workspace: Path) -> dict[str, Any]:
     }
     metrics = {
         stage: [
-            {key: value for key, value in json.loads(line).items() if not key.startswith(("time/", "memory/"))}
+            {key: value for key, value in json.loads(line).items() if key not in CLOCKED}
             for line in (workspace / f"runs/toy/{stage}/d2/metrics.jsonl").read_text().splitlines()
         ]
         for stage in STEPS
@@ -138,7 +141,7 @@ def test_the_report_sets_the_stages_side_by_side(finished: Path) -> None:
 
 def test_every_stage_was_really_trained(finished: Path) -> None:
     for stage, steps in STEPS.items():
-        losses = [row["train/loss"] for row in final_state(finished)["metrics"][stage] if "train/loss" in row]
+        losses = [row["batch/loss"] for row in final_state(finished)["metrics"][stage] if "batch/loss" in row]
         assert len(losses) == steps
         assert losses[-1] < losses[0]
 
@@ -240,8 +243,32 @@ def test_an_unknown_stage_is_refused_with_those_there_are(run_command: Run) -> N
     assert "corpus,tokenizer,tokenize,base,mid,sft,eval,report" in result.stderr
 
 
-def test_a_run_leaves_an_offline_wandb_run(finished: Path) -> None:
-    assert list((finished / "wandb").glob("wandb/offline-run-*/run-toy-base.wandb"))
+def test_a_run_leaves_an_offline_wandb_run_of_each_stage_in_one_group(finished: Path) -> None:
+    records = [RunRecord.read(finished / f"runs/toy/{stage}/d2") for stage in (*STEPS, "eval")]
+    assert {record.names.group for record in records} == {"toy"}
+    assert len({record.names.id for record in records}) == len(records)
+    for record in records:
+        assert list((finished / "wandb").glob(f"wandb/offline-run-*/run-{record.names.id}.wandb"))
+
+
+def test_the_results_of_the_evaluation_are_tracked_too(finished: Path) -> None:
+    rows = read(finished / "runs/toy/eval/d2/metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    stored = [json.loads(path.read_text()) for path in sorted(finished.glob("evaluations/sft/d2/*_chat.json"))]
+    accuracy = stored[-1]["results"]["library-kinds"]["accuracy"]
+    assert rows[2]["epoch/library-kinds"] == accuracy
+    assert RunRecord.read(finished / "runs/toy/eval/d2").final["final/sft/library-kinds"] == accuracy
+
+
+def test_preflight_knows_a_run_from_its_own_checkpoints(finished: Path, run_command: Run, text_folder: Path) -> None:
+    flags = ["preflight", *FLAGS[1:], "--data", str(text_folder)]
+    same = run_command(*flags, workspace=finished)
+    assert same.returncode == 0, same.stdout
+    assert same.stdout.count("finished, at step") == len(STEPS)
+    other = run_command(*flags, "--matrix-lr", "0.01", "--sft.lr-fraction", "3", workspace=finished)
+    assert other.returncode == 3
+    assert "matrix_lr 0.02 → 0.01" in other.stdout
+    assert "lr_fraction 0.8 → 3.0" in other.stdout
 
 
 def test_a_second_run_does_nothing_twice(finished: Path, run_command: Run, text_folder: Path) -> None:
@@ -343,7 +370,7 @@ def test_two_ranks_see_the_same_batches_and_end_at_the_same_loss(
     )
     assert result.returncode == 0, result.stderr
     one, two = (
-        [row["train/loss"] for stage in STEPS for row in metrics[stage] if "train/loss" in row]
+        [row["batch/loss"] for stage in STEPS for row in metrics[stage] if "batch/loss" in row]
         for metrics in (final_state(folder)["metrics"] for folder in (finished, workspace))
     )
     assert two[0] == pytest.approx(one[0], rel=1e-6)

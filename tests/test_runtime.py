@@ -1,10 +1,13 @@
 """Device, threads, random state, and what ranks agree on."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch.distributed as dist
 
 import nanochat.runtime as runtime_module
 from distributed import RankFailedError, run_distributed
-from nanochat.errors import DataError, StoppedWithMainError, UsageError
+from nanochat.errors import DataError, PreflightError, StoppedWithMainError, UsageError
 from nanochat.runtime import (
     choose_compute_dtype,
     from_main,
@@ -141,6 +144,53 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
         assert stop.signal_name == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize(
+    ("variables", "error", "said"),
+    [
+        ({"RANK": ""}, UsageError, "not whole numbers"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, UsageError, "RANK=2 WORLD_SIZE=2"),
+        ({"LOCAL_WORLD_SIZE": "0"}, UsageError, "no such rank"),
+        ({"WORLD_SIZE": "2"}, PreflightError, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, PreflightError, "MASTER_PORT"),
+        # Rank 1 never comes.
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free"}, PreflightError, "start all 2 ranks"),
+        # Rank 0 never comes.
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free"},
+            PreflightError,
+            "rank 1 of 2 did not meet the others at 127.0.0.1:",
+        ),
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "taken"},
+            PreflightError,
+            "another MASTER_PORT",
+        ),
+    ],
+)
+def test_ranks_that_do_not_meet_are_told_in_one_line_why(
+    variables: dict[str, str], error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime_module, "RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port = listener.getsockname()[1]
+        if variables.get("MASTER_PORT") == "taken":
+            listener.listen()
+        else:
+            listener.close()
+        for name in LAUNCHER:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(port) if name == "MASTER_PORT" else value)
+        with pytest.raises(error, match=re.escape(said)) as caught, start_runtime("cpu"):
+            pass
+    assert len(str(caught.value).splitlines()) == 1
+    assert not dist.is_initialized()
 
 
 TF32 = """

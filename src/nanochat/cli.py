@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Sequence
 
 from nanochat.commands import COMMANDS
-from nanochat.errors import ExitCode, NanochatError
+from nanochat.errors import ExitCode, LostRankError, NanochatError, StopSignal
+from nanochat.training.stopping import received, stops_at_once
 
 SUMMARY = "From raw text to a chat model you trained yourself."
 
@@ -46,12 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = _run(arguments)
+        with stops_at_once(last=True):
+            code = _run(arguments)
+    except StopSignal as stop:
+        code = _stopped(stop.signal_name)
     except NanochatError as error:
         if debug:
             traceback.print_exc()
-        print(f"nanochat: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
+        # The signal that ended another rank has usually come here too.
+        signal_name = received() if isinstance(error, LostRankError) else None
+        if signal_name:
+            code = _stopped(signal_name)
+        else:
+            print(f"nanochat: {error}", file=sys.stderr, flush=True)
+            code = error.exit_code
     except KeyboardInterrupt:
         print("nanochat: interrupted; the same command carries on", file=sys.stderr, flush=True)
         code = 128 + 2
@@ -75,6 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         code = ExitCode.FAILED
     sys.exit(code)
+
+
+def _stopped(signal_name: str) -> ExitCode:
+    print(f"nanochat: stopped by {signal_name}; the same command carries on", file=sys.stderr, flush=True)
+    return ExitCode.REQUEUE
 
 
 def _run(arguments: list[str]) -> int:

@@ -3,8 +3,9 @@
 Nothing here imports torch: help and preflight read these classes on login nodes, in milliseconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 from nanochat.errors import UsageError
@@ -143,7 +144,18 @@ class MachineConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on a GPU."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """W&B mode. auto: offline unless WANDB_MODE says otherwise."""
+    """W&B mode. auto: what WANDB_MODE says, else online where there is a key and W&B answers, else offline."""
+    wandb_project: str | None = None
+    """W&B project. Default: WANDB_PROJECT, or `nanochat`."""
+    wandb_group: str | None = None
+    """Shown together in W&B. Default: WANDB_RUN_GROUP, or the run."""
+    wandb_tags: tuple[str, ...] = ()
+    """W&B tags, beside the model's tag and those of WANDB_TAGS."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files, beside metrics.jsonl. Needs the package tensorboard."""
+    stall_minutes: float = 15.0
+    """Minutes without a step, an evaluation's batch or a checkpoint after which a stage ends as hung; 0 for never. Four
+    times as long for the first step and for a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -351,6 +363,7 @@ class RunConfig:
         evaluation: what the models are examined with.
         gpu_hour_price: what an hour of one GPU costs, for the report.
         workers: processes that tokenise; None for one per core.
+        also_validate: folders of tokens that the base model is validated on as well, by name.
     """
 
     run: str
@@ -362,6 +375,7 @@ class RunConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     gpu_hour_price: float | None = None
     workers: int | None = None
+    also_validate: Mapping[str, Path] = field(default_factory=dict)
 
 
 def _check_horizon(horizons: dict[str, float | None]) -> None:

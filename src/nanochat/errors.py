@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     PREFLIGHT = 3
     DATA_DAMAGED = 4
     REQUEUE = 75
+    STALLED = 76
 
 
 class NanochatError(Exception):
@@ -58,7 +59,25 @@ class StoppedWithMainError(NanochatError):
         super().__init__("rank 0 failed; see its message")
 
 
+class LostRankError(NanochatError):
+    """Another rank has ended or cannot be reached, so this one cannot go on; that one's message says why."""
+
+
 class StoppedForRequeueError(NanochatError):
-    """Training stopped on request after it wrote a checkpoint; the same command carries on."""
+    """A command stopped on request, having kept all that it can carry on from; the same command carries on."""
 
     exit_code = ExitCode.REQUEUE
+
+
+class StopSignal(KeyboardInterrupt):
+    """A signal asked the command to end now.
+
+    Like Ctrl-C it is no `Exception`: what handles errors must not take it for one and go on.
+
+    Args:
+        signal_name: for example SIGTERM.
+    """
+
+    def __init__(self, signal_name: str) -> None:
+        self.signal_name = signal_name
+        super().__init__(signal_name)

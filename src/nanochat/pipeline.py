@@ -8,15 +8,16 @@ after a crash, a time limit or a preemption.
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint.store import KIND as CHECKPOINT_KIND
-from nanochat.checkpoint.store import checkpoint_folder, list_steps, tensors_fingerprint
+from nanochat.checkpoint.folders import KIND as CHECKPOINT_KIND
+from nanochat.checkpoint.folders import checkpoint_folder, list_steps, tensors_fingerprint
 from nanochat.checkpoint.trained_model import load_trained_model
+from nanochat.cluster.preflight import Request, require
 from nanochat.config import (
     ALL_STAGES,
     RunConfig,
@@ -26,32 +27,43 @@ from nanochat.config import (
 )
 from nanochat.corpus.builtin import build_builtin_corpus
 from nanochat.corpus.local import build_local_corpus, find_text_files
-from nanochat.corpus.shards import open_corpus, read_texts
-from nanochat.errors import DataError, UsageError
+from nanochat.corpus.shards import FIX_CORPUS, open_corpus, read_texts
+from nanochat.errors import DataError, StoppedForRequeueError, StopSignal, UsageError
 from nanochat.evaluation.chat_eval import DEFAULT_TASKS, evaluate_chat
 from nanochat.evaluation.results import results_path
-from nanochat.files import MANIFEST_NAME, fingerprint, read_json, read_manifest, verify_files, write_json
+from nanochat.files import (
+    MANIFEST_NAME,
+    fingerprint,
+    read_json,
+    read_manifest,
+    refuse_if_used,
+    verify_files,
+    write_json,
+)
 from nanochat.loader.conversations import tokenize_conversations
 from nanochat.loader.token_shards import MANIFEST_KIND as TOKENS_KIND
 from nanochat.loader.token_shards import TOKENS_SUFFIX
-from nanochat.loader.tokenize import tokenize_corpus
+from nanochat.loader.tokenize import TokenizeProgress, tokenize_corpus
 from nanochat.runtime import Runtime, barrier, from_main, run_on_main
-from nanochat.tasks.mixture import check_mixtures, mixture, mixture_fingerprint, parse_mixture
+from nanochat.tasks.mixture import examined_tasks, mixture, mixture_fingerprint
 from nanochat.tasks.registry import open_task
 from nanochat.tokenizer.evaluate import SAMPLES, as_json, evaluate_tokenizer
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tokenizer.train import train_tokenizer
+from nanochat.tracking import keys
 from nanochat.tracking.console import Console, format_bytes, format_count, format_seconds
 from nanochat.tracking.environment import describe_environment
-from nanochat.tracking.metrics import Value
+from nanochat.tracking.metrics import MetricsLog, Value
 from nanochat.tracking.report import ReportStage, Sample, Section, render_report, write_section
-from nanochat.training.base import base_shape, train_base
-from nanochat.training.chat import SAMPLE_QUESTIONS, ChatStage, chat_batch_size, draw_answers, train_chat
-from nanochat.training.recipe import make_recipe
-from nanochat.training.session import identity_fields
+from nanochat.tracking.runs import METRICS_NAME, begin_record, track_run
+from nanochat.tracking.wandb_run import name_run, run_id_for
+from nanochat.training.base import train_base
+from nanochat.training.chat import SAMPLE_QUESTIONS, ChatStage, draw_answers, train_chat
+from nanochat.training.continuing import identity_fields
+from nanochat.training.heartbeat import Heartbeat, beating, tell
+from nanochat.training.recipe import base_shape, check_ranks, make_recipe
+from nanochat.training.watchdog import watched
 from nanochat.workspace import CHECKPOINT_FOLDERS, Stage, Workspace, check_run_name
-
-FIX_CORPUS = "nanochat data builtin, or: nanochat data local FOLDER; for shards already there: nanochat data adopt"
 
 # Of each split, for the table of bytes per token: enough for three digits, little enough to take no time.
 SAMPLE_CHARACTERS = 500_000
@@ -97,13 +109,27 @@ def run_pipeline(
     if not chosen:
         raise UsageError("no stage was chosen", f"choose from {', '.join(ALL_STAGES)}")
     # Found now, not when the hours of training before it are over.
-    run_on_main(lambda: check_mixtures(mixtures_of(config, stages), workspace.task_data))
-    for index, stage in enumerate(chosen, start=1):
-        with console.stage(index, len(chosen), stage.name):
-            _run_stage(stage, record_path(workspace, config.run, stage.name), runtime, console)
+    run_on_main(lambda: require(Request(config, stages, workspace, gpus_per_node=runtime.world_size)))
+    with beating(workspace.run(config.run) if runtime.is_main else None, chosen[0].name) as heartbeat:
+        for index, stage in enumerate(chosen, start=1):
+            heartbeat.enter(stage.name)
+            with console.stage(index, len(chosen), stage.name), _stopped_in(stage.name):
+                _run_stage(stage, record_path(workspace, config.run, stage.name), runtime, console, heartbeat)
 
 
-def _run_stage(stage: PipelineStage, record_file: Path, runtime: Runtime, console: Console) -> None:
+@contextmanager
+def _stopped_in(stage: StageName) -> Iterator[None]:
+    """Say in which stage a signal ended the command; the loop says it itself."""
+    try:
+        yield
+    except StopSignal as stop:
+        message = f"stopped by {stop.signal_name} in stage {stage}"
+        raise StoppedForRequeueError(message, "the same command carries on") from None
+
+
+def _run_stage(
+    stage: PipelineStage, record_file: Path, runtime: Runtime, console: Console, heartbeat: Heartbeat
+) -> None:
     """Run one stage unless it is done, and record it."""
     # Looked up on rank 0 alone: if that fails there, run_on_main ends the others too.
     inputs = run_on_main(lambda: fingerprint(stage.inputs()))
@@ -114,6 +140,7 @@ def _run_stage(stage: PipelineStage, record_file: Path, runtime: Runtime, consol
     if reason:
         console.info(reason)
     started = time.time()
+    heartbeat.beat("running")
     outputs = stage.run() if stage.on_all_ranks else run_on_main(stage.run)
     if runtime.is_main:
         write_json(
@@ -183,7 +210,7 @@ def build_stages(
     def run_base() -> dict[str, Any]:
         # Found now, not when the hours of training before it are over.
         run_on_main(lambda: check_world_size(config, stages, workspace, runtime.world_size))
-        return train_base(config.base, config.run, workspace, runtime)
+        return train_base(config.base, config.run, workspace, runtime, config.also_validate)
 
     def chat_stage(name: ChatStage, chat: TrainChatConfig) -> PipelineStage:
         def run() -> dict[str, Any]:
@@ -202,6 +229,11 @@ def build_stages(
             intact=trained,
             on_all_ranks=True,
         )
+
+    def run_eval() -> dict[str, Any]:
+        with watched(workspace, config.run, "eval", runtime, config.base.stall_minutes) as heartbeat:
+            heartbeat.beat("evaluating")
+            return eval_stage(config, workspace, runtime)
 
     every_stage = [
         PipelineStage(
@@ -245,7 +277,7 @@ def build_stages(
                     name: value for name, value in dataclasses.asdict(config.evaluation).items() if name != "batch_size"
                 },
             },
-            run=lambda: eval_stage(config, workspace, runtime),
+            run=run_eval,
             intact=lambda outputs: all((workspace.root / name).is_file() for name in outputs["results"]),
             on_all_ranks=True,
         ),
@@ -261,7 +293,7 @@ def build_stages(
 
 
 def check_world_size(config: RunConfig, stages: Collection[StageName], workspace: Workspace, world_size: int) -> None:
-    """Check that the chat stages, too, can share their rows and lanes evenly.
+    """Check that the chosen stages can share their rows and lanes evenly.
 
     Raises:
         UsageError: one cannot.
@@ -269,14 +301,8 @@ def check_world_size(config: RunConfig, stages: Collection[StageName], workspace
     manifest = read_manifest(workspace.tokens, TOKENS_KIND, "nanochat data tokenize")
     shape = base_shape(config.base, manifest["tokenizer"]["vocab_size"])
     recipe = make_recipe(config.base, shape, manifest["totals"]["train"]["tokens"])
-    for name, chat in (("mid", config.mid), ("sft", config.sft)):
-        rows = chat_batch_size(chat, recipe.total_batch_size, shape.sequence_len) // shape.sequence_len
-        if name in stages and (rows % world_size or chat.lanes % world_size):
-            raise UsageError(
-                f"{world_size} ranks cannot share the {rows} rows and {chat.lanes} lanes of {name} evenly",
-                f"for example --{name}.total-batch-size {shape.sequence_len * world_size * -(-rows // world_size)} "
-                f"--{name}.lanes {world_size * -(-chat.lanes // world_size)}",
-            )
+    for error in check_ranks(config, stages, recipe, world_size):
+        raise error
 
 
 def corpus_inputs(data: str) -> dict[str, Any]:
@@ -329,9 +355,10 @@ def tokenizer_stage(config: TokenizerConfig, workspace: Workspace) -> dict[str, 
         doc_cap=config.doc_cap,
         corpus_fingerprint=corpus.fingerprint,
     )
+    refuse_if_used(workspace.tokenizer, str(workspace.tokenizer))
     tokenizer.save(workspace.tokenizer)
     trained_seconds = time.time() - started
-    rows = evaluate_tokenizer(tokenizer, {**SAMPLES, **corpus_samples(workspace)})
+    rows = evaluate_tokenizer(tokenizer, {**SAMPLES, **corpus_samples(workspace)}, workspace.encodings)
     _report(
         workspace,
         "tokenizer",
@@ -375,12 +402,17 @@ def tokenize_stage(workspace: Workspace, workers: int | None) -> dict[str, Any]:
     console = Console()
     corpus = open_corpus(workspace.base_data, FIX_CORPUS)
     with console.progress("tokenising", len(corpus.manifest["files"])) as bar:
+
+        def show(done: TokenizeProgress) -> None:
+            bar.advance(1, tokens=format_count(done.tokens_done))
+            tell(step=done.shards_done, num_steps=done.num_shards)
+
         manifest = tokenize_corpus(
             workspace.base_data,
             workspace.tokenizer,
             workspace.tokens,
             workers=workers,
-            progress=lambda done: bar.advance(1, tokens=format_count(done.tokens_done)),
+            progress=show,
         )
     entries = [entry for entry in manifest["files"] if entry["name"].endswith(TOKENS_SUFFIX)]
     tokens = {split: sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val")}
@@ -399,18 +431,6 @@ def tokenize_stage(workspace: Workspace, workers: int | None) -> dict[str, Any]:
     )
     console.info(f"{format_count(tokens['train'])} training and {format_count(tokens['val'])} validation tokens")
     return {"fingerprint": manifest["fingerprint"]}
-
-
-def mixtures_of(config: RunConfig, stages: Collection[StageName]) -> list[tuple[str, ...]]:
-    """The tasks that the chosen stages train on or examine with."""
-    chosen = {"mid": config.mid.tasks, "sft": config.sft.tasks, "eval": examined_tasks(config)}
-    return [tasks for name, tasks in chosen.items() if name in stages]
-
-
-def examined_tasks(config: RunConfig) -> tuple[str, ...]:
-    """The names of the tasks to examine with: those asked for, or all that are trained on; some may be mere talk."""
-    entries = config.evaluation.tasks or (*config.mid.tasks, *config.sft.tasks)
-    return tuple(dict.fromkeys(entry.task for entry in parse_mixture(entries)))
 
 
 def newest_fingerprints(workspace: Workspace, model_tag: str) -> dict[Stage, str]:
@@ -439,6 +459,7 @@ def conversations_stage(
             about = (manifest.get("made_from"), manifest.get("sequence_len"), manifest["tokenizer"]["fingerprint"])
             if about == (made_from, sequence_len, tokenizer.fingerprint):
                 return str(manifest["fingerprint"])
+    refuse_if_used(folder, str(folder))
     manifest = tokenize_conversations(
         {
             "train": mixture(tasks, workspace.task_data, "train"),
@@ -467,7 +488,7 @@ def eval_stage(config: RunConfig, workspace: Workspace, runtime: Runtime) -> dic
     tasks = [task for task in opened if task.kind != "talk"]
     # Conversations of one's own have no right answers.
     tasks = tasks or [open_task(name, workspace.task_data) for name in DEFAULT_TASKS]
-    compared: dict[str, dict[str, Value]] = {}
+    contents: dict[str, dict[str, Any]] = {}
     samples: list[Sample] = []
     files = []
     stages: list[Stage] = ["base", "mid", "sft"]
@@ -485,7 +506,7 @@ def eval_stage(config: RunConfig, workspace: Workspace, runtime: Runtime) -> dic
             console=console,
         )
         files.append(str(results_path(workspace, trained, "chat").relative_to(workspace.root)))
-        compared[stage] = summary_of(content)
+        contents[stage] = {"checkpoint": trained.fingerprint, **content}
         if runtime.is_main:
             answers = draw_answers(trained.model, trained.tokenizer)
             samples += [Sample(f"{stage.upper()}: {answer['prompt']}", answer["text"]) for answer in answers]
@@ -502,12 +523,60 @@ def eval_stage(config: RunConfig, workspace: Workspace, runtime: Runtime) -> dic
                 "Mean centred accuracy: over the tasks, guessing is 0 and knowing everything is 1.",
             ],
             samples=samples,
-            compared=compared,
+            compared={stage: summary_of(content) for stage, content in contents.items()},
             gpus=runtime.num_gpus,
             seconds=time.time() - started,
         )
         _report(workspace, "eval", section)
+        track_evaluation(config, workspace, contents, samples)
     return {"results": files}
+
+
+def track_evaluation(
+    config: RunConfig, workspace: Workspace, contents: Mapping[str, dict[str, Any]], samples: Sequence[Sample]
+) -> None:
+    """Show the results where the training is shown: a row for each stage examined, numbered in their order."""
+    examined = {stage: content["checkpoint"] for stage, content in contents.items()}
+    settings = {**dataclasses.asdict(config.evaluation), "examined": examined}
+    names = name_run(
+        config.run,
+        "eval",
+        project=config.base.wandb_project,
+        group=config.base.wandb_group,
+        tags=(config.base.tag, *config.base.wandb_tags),
+    )
+    # Another examination is another run: W&B does not replace rows.
+    names = dataclasses.replace(names, id=run_id_for(config.run, f"eval-{fingerprint(settings)[:8]}"))
+    folder = workspace.run(config.run) / "eval" / config.base.tag
+    record = begin_record(
+        folder,
+        names,
+        run=config.run,
+        stage="eval",
+        model_tag=config.base.tag,
+        num_steps=0,
+        config={**settings, "environment": describe_environment()},
+    )
+    kept = ("n", "accuracy", "low", "high", "chance", "centred")
+    with (
+        MetricsLog(folder / METRICS_NAME) as log,
+        track_run(record, folder, workspace.wandb, config.base.wandb) as tracked,
+    ):
+        log.resume(-1)
+        table = []
+        for step, (stage, content) in enumerate(contents.items(), start=1):
+            accuracies = {name: result["accuracy"] for name, result in content["results"].items()}
+            values = {f"epoch/{name}": value for name, value in accuracies.items()}
+            values["epoch/mean_centred"] = content["mean_centred"]
+            log.log(step, values)
+            tracked.wandb.log(values, step)
+            tracked.final |= {f"final/{stage}/{key.removeprefix('epoch/')}": value for key, value in values.items()}
+            table += [
+                {"stage": stage, "task": name, **{key: result[key] for key in kept}}
+                for name, result in content["results"].items()
+            ]
+        tracked.wandb.table("epoch/tasks", table, len(contents))
+        tracked.wandb.table(keys.SAMPLES, [{"prompt": one.prompt, "text": one.text} for one in samples], len(contents))
 
 
 def summary_of(content: dict[str, Any]) -> dict[str, Value]:

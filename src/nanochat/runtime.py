@@ -4,6 +4,7 @@ import os
 import random
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,18 +15,28 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from nanochat.errors import PreflightError, StoppedWithMainError, UsageError
+from nanochat.errors import LostRankError, NanochatError, PreflightError, StoppedWithMainError, UsageError
 
 # A rank may wait this long for another before the job is declared dead. A checkpoint of a large model to a slow
 # file system takes minutes, a hang should not cost an hour.
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
+# Nodes start an image from a busy file system at different times, but not this different.
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
+
 # How often ranks that wait for rank 0 hear from it.
 SECONDS_BETWEEN_SIGNS = 5.0
 
+# Between the first and the last rank that a launcher signals.
+SECONDS_TO_HEAR = 2.0
+
 # A line that sets PyTorch's newer switch for TF32; a comparison does not match.
 TF32_WRITE = re.compile(r"\bfp32_precision[\"']?\s*(=(?!=)|,)")
+
+# Who is told of each piece of work that is done: the watchdog and the heartbeat of a stage, while there is one.
+on_progress: list[Callable[[], None]] = []
 
 Result = TypeVar("Result")
 
@@ -169,8 +180,9 @@ def start_runtime(
         cache: the folder for what is compiled; without one it is PyTorch's own.
 
     Raises:
-        UsageError: a GPU is asked for and there is none.
-        PreflightError: TF32 is set in a way on which torch.compile fails.
+        UsageError: a GPU is asked for and there is none, or the launcher's variables make no sense.
+        PreflightError: TF32 is set in a way on which torch.compile fails, or the ranks did not meet.
+        LostRankError: another rank ended while this one waited for it.
     """
     if cache is not None:
         keep_compiled_code(cache)
@@ -178,9 +190,8 @@ def start_runtime(
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda, but this process sees no GPU", "use --device cpu, or check nvidia-smi")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    rank, world_size, local_rank, local_world_size = _place_among_ranks()
+    set_cpu_threads(local_world_size)
     torch_device = torch.device("cpu")
     if on_gpu:
         # Slurm may show each task its own GPU only, which is then number 0 whatever the local rank.
@@ -193,15 +204,75 @@ def start_runtime(
         torch.cuda.set_device(torch_device)
         allow_tf32()
     if world_size > 1:
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=torch_device if on_gpu else None,
-        )
-    yield Runtime(torch_device, choose_compute_dtype(torch_device, dtype), rank, world_size)
+        _meet_ranks(rank, world_size, torch_device)
+    try:
+        yield Runtime(torch_device, choose_compute_dtype(torch_device, dtype), rank, world_size)
+    except RuntimeError as error:
+        if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            # Where a signal stopped the other rank, it is on its way here too, and says more than this error.
+            time.sleep(SECONDS_TO_HEAR)
+            raise _lost_rank(rank, error) from error
+        raise
     # Only after success: with the others still inside a collective, NCCL may wait for them for ever.
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _place_among_ranks() -> tuple[int, int, int, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as a launcher sets them; one process without."""
+    given = {
+        "RANK": os.environ.get("RANK", "0"),
+        "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"),
+        "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
+        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1"),
+    }
+    shown = " ".join(f"{name}={value}" for name, value in given.items())
+    fix = f"start all ranks with torchrun or slurm/submit; or, for one process: unset {' '.join(given)}"
+    if not all(value.isdecimal() for value in given.values()):
+        raise UsageError(f"{shown}: not whole numbers", fix)
+    rank, world_size, local_rank, local_world_size = map(int, given.values())
+    if rank >= world_size or not 1 <= local_world_size <= world_size:
+        raise UsageError(f"{shown}: there is no such rank", fix)
+    return rank, world_size, local_rank, local_world_size
+
+
+def _meet_ranks(rank: int, world_size: int, device: torch.device) -> None:
+    """Join the process group, or say in one line why that failed."""
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    try:
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=RENDEZVOUS_TIMEOUT))
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        taken = "EADDRINUSE" in str(error)
+        raise PreflightError(
+            f"rank {rank} of {world_size} did not meet the others at {address}: {_first_line(error)}",
+            "another program has this port: choose another MASTER_PORT, the same for all ranks"
+            if taken
+            else f"start all {world_size} ranks; MASTER_ADDR and MASTER_PORT: the host of rank 0 and a free port there",
+        ) from error
+
+
+def _lost_rank(rank: int, error: RuntimeError) -> NanochatError:
+    if "Duplicate GPU" in str(error):
+        return UsageError(
+            f"rank {rank} shares its GPU with another rank", "start as many ranks on a node as it has GPUs"
+        )
+    return LostRankError(
+        f"rank {rank} lost another rank: {_first_line(error)}",
+        "the message of the rank that ended first says why; the same command carries on",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def seed_everything(seed: int) -> None:
@@ -287,10 +358,18 @@ def run_on_main(work: Callable[[], Result]) -> Result | None:
         if dist.get_rank() == 0:
             thread.join(SECONDS_BETWEEN_SIGNS)
         working, failed = from_main((thread.is_alive(), bool(errors)))
+        if dist.get_rank() != 0:
+            made_progress()
         if failed:
             raise errors[0] if errors else StoppedWithMainError()
         if not working:
             return results[0] if results else None
+
+
+def made_progress() -> None:
+    """Say that a piece of work is done, such as an evaluation's batch, so that nobody takes this process for stuck."""
+    for tell in on_progress:
+        tell()
 
 
 def barrier() -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.checkpoint.folders import checkpoint_folder, list_steps
 from nanochat.checkpoint.store import (
     CheckpointNotSavedError,
-    checkpoint_folder,
-    list_steps,
     load_checkpoint,
     load_newest,
     save_checkpoint,

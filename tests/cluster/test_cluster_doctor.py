@@ -14,14 +14,12 @@ from packaging.requirements import Requirement
 
 from nanochat.cluster import doctor
 from nanochat.cluster.doctor import (
-    Finding,
     Gpu,
     binds,
     check_bfloat16,
-    check_caches,
     check_compiler,
     check_cores,
-    check_folder,
+    check_expected,
     check_gpus,
     check_home,
     check_host_variables,
@@ -29,13 +27,13 @@ from nanochat.cluster.doctor import (
     check_packages,
     check_shadowing,
     check_tf32,
-    check_wandb,
     gpus_in,
     has_kernels,
     installed_packages,
     required_packages,
-    table,
 )
+from nanochat.cluster.findings import Finding, check_caches, check_folder, check_wandb, looked_at, table
+from nanochat.tracking.console import format_bytes
 from nanochat.workspace import Workspace
 
 H200 = Gpu("NVIDIA H200", "580.65.06", "9.0")
@@ -79,6 +77,31 @@ def test_gpus_that_torch_cannot_use_are_a_problem_with_its_cause(
     finding = check_gpus(**{**ON_H200, **different})
     assert finding.state == state
     assert said in f"{finding.text} — {finding.fix}"
+
+
+@pytest.mark.parametrize(
+    ("expect_gpus", "expect_driver", "visible", "state", "said"),
+    [
+        (2, None, 2, "OK", "2, as expected, driver 580.65.06"),
+        (8, None, 2, "PROBLEM", "2 can be used, 8 were expected; nvidia-smi lists 2"),
+        (1, None, 2, "PROBLEM", "2 can be used, 1 were expected"),
+        (None, "580", 2, "OK", "as expected"),
+        (2, "580.65.06", 2, "OK", "as expected"),
+        (2, "580.65.7", 2, "PROBLEM", "driver 580.65.06, 580.65.7 or newer was expected"),
+        (2, "595", 2, "PROBLEM", "595 or newer"),
+    ],
+)
+def test_a_node_with_other_gpus_than_the_job_asked_for_is_a_problem(
+    expect_gpus: int | None, expect_driver: str | None, visible: int, state: str, said: str
+) -> None:
+    finding = check_expected(expect_gpus, expect_driver, visible, [H200, H200])
+    assert (finding.state, said in finding.text) == (state, True), finding.text
+    assert bool(finding.fix) == (state == "PROBLEM")
+
+
+def test_no_gpu_is_as_expected_where_none_was_and_no_driver_is_never_new_enough() -> None:
+    assert check_expected(0, None, 0, []).state == "OK"
+    assert check_expected(None, "1", 0, []).state == "PROBLEM"
 
 
 def test_gpus_are_read_from_what_the_driver_prints_and_errors_are_not_gpus() -> None:
@@ -167,7 +190,7 @@ def test_a_folder_is_judged_by_its_nearest_parent_and_by_its_room(tmp_path: Path
     assert "not made yet" in check_folder("cache", new, "fix").text
     assert not new.parent.exists()
     assert check_folder("cache", tmp_path, "fix", enough=2**60) == Finding(
-        "cache", f"{tmp_path}: {doctor.format_bytes(shutil.disk_usage(tmp_path).free)} free", "PROBLEM", "fix"
+        "cache", f"{tmp_path}: {format_bytes(shutil.disk_usage(tmp_path).free)} free", "PROBLEM", "fix"
     )
     assert check_folder("cache", tmp_path, "fix", at_ease=2**60).state == "note"
     (tmp_path / "file").touch()
@@ -201,29 +224,35 @@ def test_caches_go_to_the_workspace_unless_a_variable_names_a_place(tmp_path: Pa
 @pytest.mark.parametrize(
     ("environment", "stored", "state", "said"),
     [
-        ({}, [], "OK", "offline, no key"),
-        ({"WANDB_MODE": "dryrun"}, ["api.wandb.ai"], "OK", "offline, key stored for api.wandb.ai"),
-        ({"WANDB_MODE": "online", "WANDB_API_KEY": KEY}, [], "OK", "online, key in WANDB_API_KEY"),
-        ({"WANDB_MODE": "online"}, [], "PROBLEM", "wandb login"),
-        (
-            {"WANDB_MODE": "online", "WANDB_BASE_URL": "https://own.example:80"},
-            ["api.wandb.ai"],
-            "PROBLEM",
-            "no key",
-        ),
-        ({"WANDB_MODE": "online", "WANDB_BASE_URL": "https://wandb.example"}, ["wandb.example"], "OK", "online"),
-        ({"WANDB_MODE": "of"}, [], "PROBLEM", "is not a mode"),
-        ({"WANDB_API_KEY": KEY[:20]}, [], "PROBLEM", "has 20 characters"),
-        ({"WANDB_API_KEY": f"{KEY}\n"}, [], "PROBLEM", "copy the key again"),
+        ({}, None, "OK", "offline, no key"),
+        ({"WANDB_MODE": "dryrun"}, "api.wandb.ai", "OK", "offline, key in"),
+        ({}, "api.wandb.ai", "OK", "online where it answers, key in"),
+        ({"WANDB_MODE": "online", "WANDB_API_KEY": KEY}, None, "OK", "online, key in WANDB_API_KEY"),
+        ({"WANDB_MODE": "online"}, None, "PROBLEM", "wandb login"),
+        ({"WANDB_MODE": "online", "WANDB_BASE_URL": "https://own.example"}, "api.wandb.ai", "PROBLEM", "no key"),
+        ({"WANDB_MODE": "online", "WANDB_BASE_URL": "https://own.example"}, "own.example", "OK", "online"),
+        ({"WANDB_MODE": "of"}, None, "PROBLEM", "is not a mode"),
+        ({"WANDB_API_KEY": KEY[:20]}, None, "PROBLEM", "has 20 characters"),
+        ({"WANDB_API_KEY": f"{KEY}\n"}, None, "PROBLEM", "copy it again"),
+        ({"WANDB_API_KEY": KEY[:20], "WANDB_MODE": "disabled"}, None, "OK", "disabled"),
     ],
 )
 def test_wandb_is_fine_offline_and_needs_a_key_online_which_is_never_shown(
-    environment: dict[str, str], stored: list[str], state: str, said: str
+    environment: dict[str, str], stored: str | None, state: str, said: str, tmp_path: Path
 ) -> None:
-    finding = check_wandb(environment, stored)
+    if stored:
+        (tmp_path / ".netrc").write_text(f"machine {stored} login user password {KEY}\n", encoding="utf-8")
+    (finding,) = looked_at("W&B", lambda: check_wandb({"HOME": str(tmp_path), **environment}))
     assert finding.state == state
     assert said in f"{finding.text} — {finding.fix}"
     assert KEY[:8] not in repr(finding)
+
+
+def test_a_key_in_a_file_that_others_can_read_is_noted(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"WANDB_API_KEY={KEY}\n", encoding="utf-8")
+    (tmp_path / ".env").chmod(0o644)
+    finding = check_wandb({"HOME": str(tmp_path), "NANOCHAT_BASE_DIR": str(tmp_path)})
+    assert (finding.state, finding.fix) == ("note", f"chmod 600 {tmp_path}/.env")
 
 
 def test_a_compiler_is_tried_and_not_only_looked_for(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ def test_bits_per_byte_are_measured_without_a_bundle_and_it_says_how_to_get_one(
         as_trained(model, tokenizer, eval_tokens=320), prepared_workspace, CPU, console=Console(stream=shown)
     )
     rows = validation_rows(TokenDataset.open(prepared_workspace.tokens, "val"), 32, 10)
-    assert content["val/bpb"] == pytest.approx(bits_per_byte(model, rows, tokenizer.token_bytes(), CPU, 3), rel=1e-6)
+    assert content["epoch/bpb"] == pytest.approx(bits_per_byte(model, rows, tokenizer.token_bytes(), CPU, 3), rel=1e-6)
     assert content["core"] is None
-    assert f"no CORE: {prepared_workspace.eval_bundle} is missing — unpack https://" in shown.getvalue()
+    assert f"no CORE: {prepared_workspace.eval_bundle} is missing — nanochat stage core" in shown.getvalue()
 
 
 def test_core_is_measured_where_the_bundle_is(prepared_workspace: Workspace) -> None:

@@ -162,7 +162,7 @@ def test_the_commands_examine_a_trained_model(prepared_workspace: Workspace, run
     assert result.returncode == 0, result.stderr
     assert f"no CORE: {root / 'eval_bundle'} is missing" in result.stdout
     written = json.loads((root / "evaluations" / "base" / "tiny" / "step_000002_base.json").read_text())
-    assert written["val/bpb"] == pytest.approx(trained["val/bpb"], rel=1e-6)
+    assert written["epoch/bpb"] == pytest.approx(trained["epoch/bpb"], rel=1e-6)
     assert written["core"] is None
 
     options = ("--tasks", "arithmetic", "library-kinds", "--max-problems", "5", "--max-new-tokens", "8")

@@ -249,7 +249,7 @@ def test_the_model_card_says_what_was_trained(
     workspace: Workspace, trained: TrainedModel, exports: dict[str, Path]
 ) -> None:
     card = (exports["base"] / "README.md").read_text()
-    _, bpb = series(read(metrics_path(workspace, "test-run", "base", "classic")), "val/bpb")
+    _, bpb = series(read(metrics_path(workspace, "test-run", "base", "classic")), "epoch/bpb")
     identity = trained.config["identity"]
     for fact in ("base, 60 steps", f"{bpb[-1]:.4f}", trained.fingerprint, identity["tokenizer"], identity["data"]):
         assert f"| {fact} |" in card

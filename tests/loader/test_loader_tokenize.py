@@ -11,7 +11,7 @@ import pytest
 
 from nanochat.corpus.shards import read_texts, write_corpus
 from nanochat.errors import DataError, NanochatError, UsageError
-from nanochat.files import read_json
+from nanochat.files import read_json, write_json
 from nanochat.loader.token_shards import TokenDataset
 from nanochat.loader.tokenize import TokenizeProgress, tokenize_corpus
 from nanochat.tokenizer.tokenizer import Tokenizer
@@ -231,3 +231,16 @@ def test_shards_are_little_endian_uint16_that_any_numpy_reads(finished: Path) ->
     offsets = np.load(finished / "train_00000.offsets.npy")
     assert (tokens.dtype.str, offsets.dtype.str) == ("<u2", "<i8")
     assert len(tokens) == offsets[-1]
+
+
+def test_tokens_that_a_run_reads_are_not_rewritten(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    tokenize_corpus(corpus, tokenizer, out, workers=1)
+    before = contents(out)
+    about = {"what": "the training of d12", "host": "elsewhere", "pid": 1, "job": "7"}
+    lease = out / ".use-elsewhere-1-0"
+    write_json(lease, about)
+    with pytest.raises(UsageError, match=r"is in use by the training of d12 \(host elsewhere, process 1, job 7"):
+        tokenize_corpus(make_corpus(tmp_path / "other", texts(salt="other ")), tokenizer, out, workers=1)
+    lease.unlink()
+    assert contents(out) == before

@@ -18,13 +18,15 @@ import pytest
 import torch
 
 from distributed import run_distributed
-from nanochat.checkpoint.store import CheckpointNotSavedError, list_steps, load_checkpoint
+from nanochat.checkpoint.folders import list_steps
+from nanochat.checkpoint.store import CheckpointNotSavedError, load_checkpoint
 from nanochat.config import TrainBaseConfig
 from nanochat.errors import DataError, NanochatError, StoppedForRequeueError, UsageError
 from nanochat.files import lock_folder
 from nanochat.model.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.tokenizer.train import train_tokenizer
+from nanochat.tracking.keys import CLOCKED
 from nanochat.tracking.metrics import MetricsLog, read
 from nanochat.training.base import train_base
 from nanochat.training.session import metrics_path
@@ -54,7 +56,6 @@ CONFIG = TrainBaseConfig(
 )
 CPU = Runtime(torch.device("cpu"), torch.float32)
 # What a clock decides; everything else in a metrics file is a result.
-CLOCKED = ("time/", "memory/")
 # Another order of summation changes the last bits of a gradient, and a dozen steps at a high rate carry that on.
 ROUNDING = 1e-2
 
@@ -62,7 +63,7 @@ ROUNDING = 1e-2
 def results(workspace: Workspace) -> list[dict[str, Any]]:
     """The metrics without what a clock decides."""
     return [
-        {key: value for key, value in row.items() if not key.startswith(CLOCKED)}
+        {key: value for key, value in row.items() if key not in CLOCKED}
         for row in read(metrics_path(workspace, RUN, "base", "tiny"))
     ]
 
@@ -84,16 +85,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, _prepared_workspace: P
 
 def test_the_model_learns(undisturbed: Workspace) -> None:
     rows = results(undisturbed)
-    bpb = [row["val/bpb"] for row in rows if "val/bpb" in row]
-    assert [row["step"] for row in rows if "val/bpb" in row] == [0, 6, 12]
+    bpb = [row["epoch/bpb"] for row in rows if "epoch/bpb" in row]
+    assert [row["step"] for row in rows if "epoch/bpb" in row] == [0, 6, 12]
     assert bpb[0] > bpb[1] > bpb[2]
     assert bpb[2] < 0.8 * bpb[0]
 
 
 def test_every_step_is_logged_once_with_its_schedule(undisturbed: Workspace) -> None:
-    rows = [row for row in results(undisturbed) if "train/loss" in row]
+    rows = [row for row in results(undisturbed) if "batch/loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 13))
-    assert [row["train/tokens"] for row in rows] == [16 * 32 * step for step in range(1, 13)]
+    assert [row["batch/tokens"] for row in rows] == [16 * 32 * step for step in range(1, 13)]
 
 
 def test_the_report_section_tells_what_was_trained(undisturbed: Workspace) -> None:
@@ -186,31 +187,31 @@ def train_on_ranks(root: str, config: TrainBaseConfig) -> list[float]:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     workspace = Workspace(Path(root))
     train_base(config, RUN, workspace, Runtime(torch.device("cpu"), torch.float32, rank, world_size))
-    return [row["train/loss"] for row in results(workspace) if "train/loss" in row]
+    return [row["batch/loss"] for row in results(workspace) if "batch/loss" in row]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_several_ranks_train_as_one(world_size: int, prepared_workspace: Workspace, undisturbed: Workspace) -> None:
     losses = run_distributed(train_on_ranks, world_size, str(prepared_workspace.root), CONFIG, timeout_s=200)[0]
-    expected = [row["train/loss"] for row in results(undisturbed) if "train/loss" in row]
+    expected = [row["batch/loss"] for row in results(undisturbed) if "batch/loss" in row]
     assert losses == pytest.approx(expected, rel=ROUNDING)
     # The first step has seen no optimizer yet, so the batch alone decides its loss.
     assert losses[0] == pytest.approx(expected[0], rel=1e-6)
-    ours, theirs = (results(workspace)[-1]["val/bpb"] for workspace in (prepared_workspace, undisturbed))
+    ours, theirs = (results(workspace)[-1]["epoch/bpb"] for workspace in (prepared_workspace, undisturbed))
     assert ours == pytest.approx(theirs, rel=ROUNDING)
 
 
 def test_a_run_stopped_on_one_rank_is_finished_on_two(prepared_workspace: Workspace, undisturbed: Workspace) -> None:
     train_until_stopped(prepared_workspace, 5)
     losses = run_distributed(train_on_ranks, 2, str(prepared_workspace.root), CONFIG, timeout_s=200)[0]
-    expected = [row["train/loss"] for row in results(undisturbed) if "train/loss" in row]
+    expected = [row["batch/loss"] for row in results(undisturbed) if "batch/loss" in row]
     assert losses == pytest.approx(expected, rel=ROUNDING)
 
 
 def test_accumulation_gives_the_same_run(prepared_workspace: Workspace, undisturbed: Workspace) -> None:
     train_base(replace(CONFIG, device_batch_size=4), RUN, prepared_workspace, CPU)
     losses, expected = (
-        [row["train/loss"] for row in results(workspace) if "train/loss" in row]
+        [row["batch/loss"] for row in results(workspace) if "batch/loss" in row]
         for workspace in (prepared_workspace, undisturbed)
     )
     assert losses == pytest.approx(expected, rel=ROUNDING)
@@ -251,10 +252,10 @@ def test_a_step_without_a_finite_loss_changes_no_weight(
 ) -> None:
     monkeypatch.setattr(GPT, "forward", broken_forward(range(4, 5)))
     train_base(CONFIG, RUN, prepared_workspace, CPU)
-    rows = {row["step"]: row for row in results(prepared_workspace) if "train/loss" in row}
-    assert rows[3]["train/skipped_steps"] == 0
-    assert rows[4]["train/skipped_steps"] == rows[12]["train/skipped_steps"] == 1
-    assert rows[12]["train/loss"] < rows[1]["train/loss"]
+    rows = {row["step"]: row for row in results(prepared_workspace) if "batch/loss" in row}
+    assert rows[3]["batch/skipped_steps"] == 0
+    assert rows[4]["batch/skipped_steps"] == rows[12]["batch/skipped_steps"] == 1
+    assert rows[12]["batch/loss"] < rows[1]["batch/loss"]
 
 
 def test_a_run_that_diverged_stops_and_says_so(prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +274,7 @@ def test_two_models_of_one_run_keep_their_metrics_apart(prepared_workspace: Work
     first = train_base(CONFIG, RUN, prepared_workspace, CPU)
     other = train_base(replace(CONFIG, model_tag="other", depth=3), RUN, prepared_workspace, CPU)
     again = train_base(CONFIG, RUN, prepared_workspace, CPU)
-    assert again["val/bpb"] == first["val/bpb"] != other["val/bpb"]
+    assert again["epoch/bpb"] == first["epoch/bpb"] != other["epoch/bpb"]
 
 
 def test_a_run_that_starts_anew_forgets_the_metrics_of_the_one_before(prepared_workspace: Workspace) -> None:
@@ -281,8 +282,8 @@ def test_a_run_that_starts_anew_forgets_the_metrics_of_the_one_before(prepared_w
     shutil.rmtree(prepared_workspace.checkpoints("base", "tiny"))
     train_base(replace(CONFIG, seed=7), RUN, prepared_workspace, CPU)
     rows = results(prepared_workspace)
-    assert [row["step"] for row in rows if "val/bpb" in row] == [0, 6, 12]
-    assert len([row for row in rows if "train/loss" in row]) == 12
+    assert [row["step"] for row in rows if "epoch/bpb" in row] == [0, 6, 12]
+    assert len([row for row in rows if "batch/loss" in row]) == 12
 
 
 def test_a_run_does_not_pass_off_anothers_model_as_its_own(prepared_workspace: Workspace) -> None:
@@ -319,7 +320,7 @@ def test_metrics_that_cannot_be_written_cost_rows_and_not_the_run(
     monkeypatch.setattr(MetricsLog, "log", full_disk)
     train_base(CONFIG, RUN, prepared_workspace, CPU)
     assert "metrics of step 5 could not be written" in capsys.readouterr().err
-    assert [row["step"] for row in results(prepared_workspace) if "train/loss" in row] == [1, 2, 3, 4, *range(6, 13)]
+    assert [row["step"] for row in results(prepared_workspace) if "batch/loss" in row] == [1, 2, 3, 4, *range(6, 13)]
 
 
 def test_a_save_that_fails_in_mid_run_is_a_warning_and_the_next_one_is_tried(
@@ -356,7 +357,7 @@ def test_the_last_save_must_succeed(prepared_workspace: Workspace, monkeypatch: 
 )
 def test_the_other_ways_to_train_learn_as_well(change: dict[str, Any], prepared_workspace: Workspace) -> None:
     train_base(replace(CONFIG, **change), RUN, prepared_workspace, CPU)
-    losses = [row["train/loss"] for row in results(prepared_workspace) if "train/loss" in row]
+    losses = [row["batch/loss"] for row in results(prepared_workspace) if "batch/loss" in row]
     assert losses[-1] < losses[0]
 
 
@@ -379,7 +380,7 @@ def test_compiled_code_is_kept_in_the_workspace(
 
 def test_bfloat16_learns_and_keeps_float32_weights(prepared_workspace: Workspace) -> None:
     train_base(CONFIG, RUN, prepared_workspace, Runtime(torch.device("cpu"), torch.bfloat16))
-    losses = [row["train/loss"] for row in results(prepared_workspace) if "train/loss" in row]
+    losses = [row["batch/loss"] for row in results(prepared_workspace) if "batch/loss" in row]
     assert losses[-1] < 0.7 * losses[0]
     checkpoint = load_checkpoint(prepared_workspace.checkpoints("base", "tiny"), 12, "")
     assert {weight.dtype for weight in checkpoint.model.values()} == {torch.float32}

@@ -22,6 +22,7 @@ from nanochat.runtime import Runtime
 from nanochat.tokenizer.conversation import render_message
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tracking.console import Console
+from nanochat.tracking.keys import CLOCKED
 from nanochat.tracking.metrics import read
 from nanochat.training.base import train_base
 from nanochat.training.chat import ChatStage, train_chat
@@ -91,13 +92,13 @@ def weights(workspace: Workspace, stage: ChatStage | str, step: int) -> dict[str
 def results(workspace: Workspace, stage: ChatStage) -> list[dict[str, Any]]:
     """The metrics without what a clock decides."""
     return [
-        {key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))}
+        {key: value for key, value in row.items() if key not in CLOCKED}
         for row in read(metrics_path(workspace, RUN, stage, TAG))
     ]
 
 
 def losses(workspace: Workspace, stage: ChatStage) -> list[float]:
-    return [row["train/loss"] for row in results(workspace, stage) if "train/loss" in row]
+    return [row["batch/loss"] for row in results(workspace, stage) if "batch/loss" in row]
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -137,7 +138,7 @@ def test_every_stage_takes_its_steps_and_changes_every_matrix(undisturbed: Works
 
 
 def test_the_model_learns_to_answer(undisturbed: Workspace) -> None:
-    bits = [row["val/bpb"] for row in results(undisturbed, "mid") if "val/bpb" in row]
+    bits = [row["epoch/bpb"] for row in results(undisturbed, "mid") if "epoch/bpb" in row]
     assert bits[0] > bits[1] > bits[2]
     assert bits[2] < 0.7 * bits[0]
 

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from nanochat.config import TrainBaseConfig, model_from_depth
 from nanochat.errors import UsageError
 from nanochat.model.gpt import GPT
+from nanochat.model.size import flops_per_token, parameter_counts
 from nanochat.optim.optimizer import check_coverage
-from nanochat.training.recipe import REFERENCE_BATCH_TOKENS, make_recipe, meta_model, parameter_groups
+from nanochat.training.groups import parameter_groups
+from nanochat.training.recipe import REFERENCE_BATCH_TOKENS, make_recipe
 
 D12 = model_from_depth(12, 32768, 2048)
 D4 = model_from_depth(4, 512, 64, head_dim=32, aspect_ratio=16)
@@ -19,7 +21,7 @@ def test_the_reference_run_is_left_as_it_was_tuned() -> None:
     assert recipe.total_batch_size == REFERENCE_BATCH_TOKENS
     assert recipe.lr_scale == 1
     assert recipe.weight_decay == pytest.approx(0.28, rel=1e-3)
-    assert recipe.total_tokens == pytest.approx(12 * meta_model(D12).parameter_counts()["scaling"], rel=1e-3)
+    assert recipe.total_tokens == pytest.approx(12 * parameter_counts(D12)["scaling"], rel=1e-3)
     assert recipe.warmup_steps == 40
 
 
@@ -34,7 +36,7 @@ def test_every_way_to_set_a_horizon_is_the_horizon_that_is_run() -> None:
     tokens_per_step = 64 * 64
     by_steps = make_recipe(TrainBaseConfig(num_steps=10, total_batch_size=tokens_per_step), D4, 10**6)
     assert by_steps.total_tokens == 10 * tokens_per_step
-    flops = meta_model(D4).flops_per_token() * 20 * tokens_per_step
+    flops = flops_per_token(D4) * 20 * tokens_per_step
     by_flops = make_recipe(TrainBaseConfig(target_flops=flops, total_batch_size=tokens_per_step), D4, 10**6)
     assert by_flops.num_steps == 20
     by_epochs = make_recipe(TrainBaseConfig(target_epochs=2.0, total_batch_size=tokens_per_step), D4, 10**6)
@@ -90,6 +92,6 @@ def test_the_averaging_time_is_that_of_the_reference(rows: int, ratio: float) ->
     """B / (η λ D), in units of the reference, is 1 for any batch and horizon that the rules were fitted for."""
     config = TrainBaseConfig(depth=12, data_param_ratio=ratio, total_batch_size=rows * 2048)
     recipe = make_recipe(config, D12, 10**12)
-    horizon = recipe.total_tokens / (12 * meta_model(D12).parameter_counts()["scaling"])
+    horizon = recipe.total_tokens / (12 * parameter_counts(D12)["scaling"])
     batch = recipe.total_batch_size / REFERENCE_BATCH_TOKENS
     assert batch / (recipe.lr_scale * recipe.weight_decay / 0.28 * horizon) == pytest.approx(1, rel=1e-6)

@@ -13,7 +13,6 @@ checkpoints untouched and at most a `.tmp-` folder, which the next save removes.
 newest checkpoint is set aside under `damaged-…` with a warning and the one before is used. Nothing is unpickled.
 """
 
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanochat.checkpoint.folders import KIND, checkpoint_folder, list_steps, tensors_fingerprint
 from nanochat.errors import DataError, NanochatError
 from nanochat.files import (
     file_entry,
-    fingerprint,
     read_json,
     read_manifest,
     remove_stale_temporaries,
@@ -38,9 +37,6 @@ from nanochat.files import (
     write_manifest,
 )
 
-FOLDER_PATTERN = re.compile(r"step_(\d{6,})")
-KIND = "checkpoint"
-SUFFIX = ".safetensors"
 # Head-room over the tensors themselves for headers, state and the file system's own needs.
 SPACE_MARGIN = 1.05
 
@@ -66,26 +62,6 @@ class Checkpoint:
     config: dict[str, Any]
     fingerprint: str
     tensors_fingerprint: str
-
-
-def checkpoint_folder(parent: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives."""
-    return parent / f"step_{step:06d}"
-
-
-def tensors_fingerprint(manifest: dict[str, Any]) -> str:
-    """What a checkpoint's manifest says of its weights and optimizer state."""
-    return fingerprint(
-        {entry["name"]: entry["sha256"] for entry in manifest["files"] if entry["name"].endswith(SUFFIX)}
-    )
-
-
-def list_steps(parent: Path) -> list[int]:
-    """Steps that have a checkpoint, oldest first."""
-    if not parent.is_dir():
-        return []
-    matches = (FOLDER_PATTERN.fullmatch(folder.name) for folder in parent.iterdir() if folder.is_dir())
-    return sorted(int(match.group(1)) for match in matches if match)
 
 
 def save_checkpoint(

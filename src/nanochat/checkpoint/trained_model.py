@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint.store import Checkpoint, list_steps, load_checkpoint, load_newest
+from nanochat.checkpoint.folders import list_steps
+from nanochat.checkpoint.store import Checkpoint, load_checkpoint, load_newest
 from nanochat.config import ModelConfig
 from nanochat.errors import DataError, UsageError
 from nanochat.model.gpt import GPT

@@ -7,7 +7,6 @@ the looking. It creates no file, shows no key, and goes on when a look fails: a 
 import importlib
 import importlib.metadata
 import importlib.util
-import netrc
 import os
 import platform
 import re
@@ -22,19 +21,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from nanochat.errors import NanochatError
+from nanochat.cluster.findings import (
+    Finding,
+    State,
+    check_caches,
+    check_folder,
+    check_wandb,
+    looked_at,
+    one_line,
+)
 from nanochat.identity import DISTRIBUTION, IMAGE_MANIFEST, output_of, read_image
-from nanochat.tracking.console import format_bytes
-from nanochat.tracking.wandb_run import MODE_NAMES
 from nanochat.workspace import Workspace
-
-State = Literal["OK", "note", "PROBLEM"]
 
 # What is compiled, and so may be there but not load; torch comes last, as it takes longest.
 COMPILED_PACKAGES = ("rustbpe", "psutil", "tiktoken", "tokenizers", "safetensors", "pyarrow", "torch")
@@ -49,23 +51,11 @@ TEMPORARY_BYTES = 2**28
 WORKSPACE_BYTES = 2**30
 WORKSPACE_BYTES_AT_EASE = 10 * 2**30
 
-SHORTEST_WANDB_KEY = 40
-
 # These reach into every program, and a container that does not clear them takes them over from the host.
 HOST_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "LD_PRELOAD")
 
 # Also for an image, in which nothing can be wrong but what comes from outside.
 UNSHADOW = "unset PYTHONPATH; export PYTHONNOUSERSITE=1; and start in another folder"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at: what it is, how it is, and for a problem the command or change that mends it."""
-
-    subject: str
-    text: str
-    state: State = "OK"
-    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,31 +67,23 @@ class Gpu:
     capability: str
 
 
-def table(findings: Sequence[Finding]) -> str:
-    """One line for each finding: its state, its subject, what was found, and the fix after a dash."""
-    width = max(len(finding.subject) for finding in findings) + 2
-    return "\n".join(
-        f"{finding.state:<9}{finding.subject:<{width}}{finding.text}{f' — {finding.fix}' if finding.fix else ''}"
-        for finding in findings
-    )
+def examine(
+    manifest: Path = IMAGE_MANIFEST, *, expect_gpus: int | None = None, expect_driver: str | None = None
+) -> list[Finding]:
+    """Look at everything, in an order in which a cause stands before what follows from it.
 
-
-def examine(manifest: Path = IMAGE_MANIFEST) -> list[Finding]:
-    """Look at everything, in an order in which a cause stands before what follows from it."""
+    Args:
+        manifest: the image's.
+        expect_gpus: GPUs that there must be.
+        expect_driver: the oldest driver that will do.
+    """
     environment = os.environ
     container = environment.get("APPTAINER_CONTAINER") or environment.get("SINGULARITY_CONTAINER")
     findings = [Finding("container", container or "none")]
     image: dict[str, Any] = {}
 
-    def look(subject: str, check: Callable[[], Finding | Sequence[Finding]]) -> None:
-        try:
-            found = check()
-        except NanochatError as error:
-            found = Finding(subject, error.what, "PROBLEM", error.fix or "")
-        except Exception as error:
-            text, fix = f"could not be looked at: {_one_line(error)}", "if nothing above explains it, please report it"
-            found = Finding(subject, text, "PROBLEM", fix)
-        findings.extend([found] if isinstance(found, Finding) else found)
+    def look(subject: str, check: Callable[[], Finding | Iterable[Finding]]) -> None:
+        findings.extend(looked_at(subject, check))
 
     def look_at_image() -> list[Finding]:
         image.update(read_image(manifest))
@@ -121,9 +103,11 @@ def examine(manifest: Path = IMAGE_MANIFEST) -> list[Finding]:
     look("imports", lambda: check_imports(COMPILED_PACKAGES, bool(image)))
     if "torch" in sys.modules:
         look("torch", lambda: _look_at_torch(environment, bool(container)))
+    if expect_gpus is not None or expect_driver is not None:
+        look("expected GPUs", lambda: _look_at_expected(expect_gpus, expect_driver))
     look("temporary files", check_temporary_folder)
     look("NANOCHAT_BASE_DIR", lambda: _look_at_workspace(environment))
-    look("W&B", lambda: check_wandb(environment, _hosts_with_keys(environment)))
+    look("W&B", lambda: check_wandb(environment))
     return findings
 
 
@@ -209,7 +193,7 @@ def check_imports(names: Sequence[str], in_image: bool) -> list[Finding]:
         except Exception as error:
             spec = importlib.util.find_spec(name)
             where = f" ({spec.origin})" if spec else ""
-            text, mend = f"{name}{where} does not load: {_one_line(error)}", f"pip install --force-reinstall {name}"
+            text, mend = f"{name}{where} does not load: {one_line(error)}", f"pip install --force-reinstall {name}"
             findings.append(Finding("imports", text, "PROBLEM", UNSHADOW if in_image else mend))
     return [*([Finding("imports", f"{', '.join(loaded)} load")] if loaded else []), *findings]
 
@@ -268,6 +252,29 @@ def check_gpus(
     return Finding("GPUs", f"{names}, driver {driver}")
 
 
+def check_expected(expect_gpus: int | None, expect_driver: str | None, visible: int, listed: Sequence[Gpu]) -> Finding:
+    """Whether there are as many GPUs as a job asked for, with a driver that is new enough.
+
+    Args:
+        expect_gpus: how many, no more and no fewer; None for any.
+        expect_driver: the oldest driver; None for any.
+        visible: GPUs that this process can use.
+        listed: what nvidia-smi lists, whatever CUDA_VISIBLE_DEVICES says.
+    """
+    subject, driver = "expected GPUs", listed[0].driver if listed else "none"
+    if expect_gpus is not None and visible != expect_gpus:
+        text = f"{visible} can be used, {expect_gpus} were expected; nvidia-smi lists {len(listed)}"
+        fix = "ask Slurm for as many, or tell its administrators of this node: scontrol show node $SLURMD_NODENAME"
+        return Finding(subject, text, "PROBLEM", fix)
+    if expect_driver is not None and _numbers(driver) < _numbers(expect_driver):
+        text, fix = (
+            f"driver {driver}, {expect_driver} or newer was expected",
+            "another node, or an image for an older CUDA",
+        )
+        return Finding(subject, text, "PROBLEM", fix)
+    return Finding(subject, f"{visible}, as expected{f', driver {driver}' if listed else ''}")
+
+
 def has_kernels(capability: str, architectures: Sequence[str]) -> bool:
     """Whether a GPU of this capability runs code compiled for one of these architectures.
 
@@ -324,21 +331,6 @@ def check_compiler(compiler: str, headers: str, needed: bool) -> Finding:
     return Finding("C++ compiler", f"{shutil.which(command[0]) or compiler}, with Python's headers")
 
 
-def check_folder(
-    subject: str, path: Path, fix: str, enough: int = 0, at_ease: int = 0, unusable: State = "PROBLEM"
-) -> Finding:
-    """Whether a folder can be written to, or made, and how much room there is."""
-    # Unlike Path.exists, access() raises nothing where a folder on the way may not be entered.
-    there = next(folder for folder in (path, *path.parents) if os.access(folder, os.F_OK))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return Finding(subject, f"{path} cannot be written: {there} is not a folder you may write to", unusable, fix)
-    free = shutil.disk_usage(there).free
-    text = f"{path}: {format_bytes(free)} free{'' if there == path else ', not made yet'}"
-    if free < max(enough, at_ease):
-        return Finding(subject, text, "PROBLEM" if free < enough else "note", fix)
-    return Finding(subject, text)
-
-
 def check_temporary_folder() -> Finding:
     """Whether the folder for temporary files holds what torch.compile writes to it."""
     fix = "export TMPDIR=<a folder with room>, or give --workdir to apptainer"
@@ -347,42 +339,6 @@ def check_temporary_folder() -> Finding:
     except FileNotFoundError:
         return Finding("temporary files", "there is no folder for them that you may write to", "PROBLEM", fix)
     return check_folder("temporary files", folder, fix, enough=TEMPORARY_BYTES)
-
-
-def check_caches(environment: Mapping[str, str], workspace: Workspace) -> list[Finding]:
-    """Where caches and logs go; only those that torch.compile needs stop a run."""
-    home_cache = environment.get("XDG_CACHE_HOME") or f"{environment.get('HOME', '')}/.cache"
-    defaults: dict[str, tuple[Path, State]] = {
-        "TORCHINDUCTOR_CACHE_DIR": (workspace.cache / "inductor", "PROBLEM"),
-        "TRITON_CACHE_DIR": (workspace.cache / "triton", "PROBLEM"),
-        "HF_HOME": (Path(home_cache) / "huggingface", "note"),
-        "WANDB_DIR": (workspace.wandb, "note"),
-    }
-    return [
-        check_folder(name, Path(environment.get(name) or default).absolute(), f"export {name}=<folder>", unusable=state)
-        for name, (default, state) in defaults.items()
-    ]
-
-
-def check_wandb(environment: Mapping[str, str], stored_keys: Iterable[str]) -> Finding:
-    """How runs are recorded. A key is never shown, only whether it is there and could be one.
-
-    Args:
-        environment: this process's.
-        stored_keys: hosts for which `wandb login` stored a key.
-    """
-    asked, key = environment.get("WANDB_MODE") or "offline", environment.get("WANDB_API_KEY", "")
-    if asked not in MODE_NAMES:
-        return Finding("W&B", f"WANDB_MODE={asked!r} is not a mode", "PROBLEM", "export WANDB_MODE=offline")
-    if key and (len(key) < SHORTEST_WANDB_KEY or key != key.strip()):
-        text = f"WANDB_API_KEY has {len(key)} characters, a key {SHORTEST_WANDB_KEY} or more and no blanks at its ends"
-        return Finding("W&B", text, "PROBLEM", "copy the key again")
-    host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    where = "in WANDB_API_KEY" if key else f"stored for {host}" if host in set(stored_keys) else ""
-    if MODE_NAMES[asked] == "online" and not where:
-        text = "online, but there is no key, so runs are recorded offline"
-        return Finding("W&B", text, "PROBLEM", "wandb login, or export WANDB_MODE=offline")
-    return Finding("W&B", f"{MODE_NAMES[asked]}, {f'key {where}' if where else 'no key'}")
 
 
 def binds(mountinfo: str) -> list[str]:
@@ -432,21 +388,30 @@ def _look_at_torch(environment: Mapping[str, str], in_container: bool) -> list[F
     ]
 
 
+def _look_at_expected(expect_gpus: int | None, expect_driver: str | None) -> Finding:
+    listed = gpus_in(
+        output_of("nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader") or ""
+    )
+    visible = 0
+    if "torch" in sys.modules:
+        import torch
+
+        with warnings.catch_warnings(action="ignore"):
+            visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return check_expected(expect_gpus, expect_driver, visible, listed)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """A version as numbers, to compare; nothing of what is none."""
+    return tuple(map(int, re.findall(r"\d+", version)))
+
+
 def _look_at_workspace(environment: Mapping[str, str]) -> list[Finding]:
     workspace, fix = Workspace.from_environment(), "export NANOCHAT_BASE_DIR=<a folder on scratch>"
     return [
         check_folder("NANOCHAT_BASE_DIR", workspace.root, fix, WORKSPACE_BYTES, WORKSPACE_BYTES_AT_EASE),
         *check_caches(environment, workspace),
     ]
-
-
-def _hosts_with_keys(environment: Mapping[str, str]) -> list[str]:
-    """The hosts in .netrc, where `wandb login` stores keys."""
-    path = Path(environment.get("NETRC") or f"{environment.get('HOME', '')}/.netrc")
-    try:
-        return list(netrc.netrc(path).hosts)
-    except (OSError, netrc.NetrcParseError):
-        return []
 
 
 def _importable(folder: Path) -> set[str]:
@@ -461,7 +426,3 @@ def _importable(folder: Path) -> set[str]:
 def _counted(names: Sequence[str]) -> str:
     """`2 × NVIDIA H200`."""
     return ", ".join(f"{count} \N{MULTIPLICATION SIGN} {name}" for name, count in Counter(names).items())
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

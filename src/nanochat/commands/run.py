@@ -3,9 +3,9 @@
 import shlex
 from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import arg
 
-from nanochat.commands.options import run_name
+from nanochat.commands.options import SpeedrunSettings, run_name
 from nanochat.config import (
     DEMO_BASE,
     DEMO_EVAL,
@@ -13,12 +13,7 @@ from nanochat.config import (
     DEMO_QUESTION,
     DEMO_SFT,
     DEMO_TOKENIZER,
-    EvalConfig,
     RunConfig,
-    TokenizerConfig,
-    TrainBaseConfig,
-    TrainMidConfig,
-    TrainSFTConfig,
     stage_names,
 )
 from nanochat.workspace import Workspace
@@ -58,48 +53,16 @@ def demo() -> None:
             print(f"\n\nchat with it: NANOCHAT_BASE_DIR={shlex.quote(str(workspace.root))} nanochat chat")
 
 
-def speedrun(
-    *,
-    base: OmitArgPrefixes[TrainBaseConfig],
-    tokenizer: OmitArgPrefixes[TokenizerConfig],
-    mid: TrainMidConfig,
-    sft: TrainSFTConfig,
-    evaluation: Annotated[EvalConfig, arg(name="eval")],
-    run: str = "",
-    data: str = "existing",
-    stages: tuple[str, ...] = (),
-    gpu_hour_price: float | None = None,
-    workers: int | None = None,
-) -> None:
+def speedrun(settings: Annotated[SpeedrunSettings, arg(name="")]) -> None:
     """Run the whole pipeline, or some of its stages, skipping what is done.
 
     Args:
-        base: the base model, and how all stages use the machine.
-        tokenizer: the tokenizer.
-        mid: midtraining.
-        sft: supervised finetuning.
-        evaluation: what the models are examined with.
-        run: name of the run; default: the environment's WANDB_RUN. It never changes what is trained.
-        data: `existing` for the shards in base_data, `builtin` for the built-in text, or a folder of text.
-        stages: which stages, of corpus,tokenizer,tokenize,base,mid,sft,eval,report; default: all.
-        gpu_hour_price: what an hour of one GPU costs, for the report.
-        workers: processes that tokenise; default: one per core.
+        settings: the run.
     """
     from nanochat.pipeline import run_pipeline
     from nanochat.runtime import start_runtime
 
-    name, chosen = run_name(run), stage_names(stages)
-    config = RunConfig(
-        run=name,
-        data=data,
-        tokenizer=tokenizer,
-        base=base,
-        mid=mid,
-        sft=sft,
-        evaluation=evaluation,
-        gpu_hour_price=gpu_hour_price,
-        workers=workers,
-    )
+    config, chosen = settings.config(run_name(settings.run)), stage_names(settings.stages)
     workspace = Workspace.from_environment()
-    with start_runtime(base.device, base.dtype, cache=workspace.cache) as runtime:
+    with start_runtime(config.base.device, config.base.dtype, cache=workspace.cache) as runtime:
         run_pipeline(config, workspace, runtime, chosen)

@@ -27,4 +27,5 @@ def tokenizer_eval() -> None:
 
     workspace = Workspace.from_environment()
     tokenizer = Tokenizer.load(workspace.tokenizer)
-    print(render(evaluate_tokenizer(tokenizer, {**SAMPLES, **corpus_samples(workspace)})))
+    samples = {**SAMPLES, **corpus_samples(workspace)}
+    print(render(evaluate_tokenizer(tokenizer, samples, workspace.encodings)))

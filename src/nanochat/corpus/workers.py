@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
 from nanochat.errors import NanochatError, UsageError
@@ -29,6 +31,8 @@ def run_tasks(
     Raises:
         UsageError: `workers` is less than 1.
         NanochatError: a worker was killed; what is done is kept by whoever did it.
+
+    Where the caller is stopped, by Ctrl-C, a signal or an error, workers end at once, in the midst of their tasks.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers cannot do anything", "use --workers 1 or more")
@@ -39,9 +43,11 @@ def run_tasks(
         return
     # `spawn`, because the caller may have threads that a fork would copy in an undefined state.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=_end_with_parent) as pool:
+    working, held = context.Pipe(duplex=False)
+    with working, held, ProcessPoolExecutor(count, context, initializer=_end_with, initargs=(working,)) as pool:
         try:
-            futures = {pool.submit(work, task): task for task in tasks}
+            with _ctrl_c_later():
+                futures = {pool.submit(work, task): task for task in tasks}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
@@ -49,18 +55,34 @@ def run_tasks(
                 f"a worker that {what} was killed, most often for lack of memory",
                 "run the same command with fewer --workers; what is finished is kept",
             ) from None
+        except BaseException:
+            held.close()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would otherwise wait for its next task for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach: it goes to the whole terminal, and each would show a traceback.
 
-    def watch(sentinel: int) -> None:
-        wait([sentinel])
+    They inherit what is blocked here. For this process the signal only waits.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with(working: Connection) -> None:
+    """End this worker when the other end of `working` closes.
+
+    Its parent has stopped, or was killed: a worker would otherwise wait for its next task for ever.
+    """
+
+    def watch() -> None:
+        wait([working])
         os._exit(1)
 
-    threading.Thread(target=watch, args=(parent.sentinel,), name="parent", daemon=True).start()
+    threading.Thread(target=watch, name="parent", daemon=True).start()

@@ -5,7 +5,7 @@ from typing import Any
 from nanochat.checkpoint.trained_model import TrainedModel
 from nanochat.errors import DataError
 from nanochat.evaluation.bits_per_byte import bits_per_byte
-from nanochat.evaluation.core import BUNDLE_URL, evaluate_core, read_bundle
+from nanochat.evaluation.core import evaluate_core, read_bundle
 from nanochat.evaluation.results import write_results
 from nanochat.evaluation.sharing import check_positive
 from nanochat.evaluation.statistics import score_table
@@ -53,7 +53,7 @@ def evaluate_base(
         console: shows how far it is, and the results.
 
     Returns:
-        What the file holds but for what names the checkpoint: `config`, `val/bpb`, and `core` as of
+        What the file holds but for what names the checkpoint: `config`, `epoch/bpb`, and `core` as of
         `CoreResult.as_json`, or None where the workspace has no evaluation bundle.
 
     Raises:
@@ -66,7 +66,7 @@ def evaluate_base(
     tasks = read_bundle(workspace.eval_bundle) if workspace.eval_bundle.is_dir() else []
     bpb = validation_bits_per_byte(trained, workspace, runtime, batch_size)
     console.info(f"validation bits per byte {bpb:.4f}")
-    content: dict[str, Any] = {"config": {"max_per_task": max_per_task}, "val/bpb": bpb, "core": None}
+    content: dict[str, Any] = {"config": {"max_per_task": max_per_task}, "epoch/bpb": bpb, "core": None}
     if tasks:
         result = evaluate_core(
             trained.model,
@@ -81,6 +81,6 @@ def evaluate_base(
         console.info(score_table(result.tasks))
         console.info(f"CORE {result.core:.4f} ± {result.error:.4f} (standard error)")
     else:
-        console.info(f"no CORE: {workspace.eval_bundle} is missing — unpack {BUNDLE_URL} in {workspace.root}")
+        console.info(f"no CORE: {workspace.eval_bundle} is missing — nanochat stage core")
     console.info(str(run_on_main(lambda: write_results(workspace, trained, "base", content))))
     return content

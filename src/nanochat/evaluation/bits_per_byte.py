@@ -12,7 +12,7 @@ import torch
 from nanochat.errors import DataError
 from nanochat.loader.batches import inputs_and_targets
 from nanochat.model.gpt import GPT
-from nanochat.runtime import Runtime, sum_over_ranks
+from nanochat.runtime import Runtime, made_progress, sum_over_ranks
 
 
 @torch.no_grad()
@@ -48,6 +48,7 @@ def bits_per_byte(
         losses_BT = model.token_losses(inputs_BT, targets_BT).double()
         totals[0] += (losses_BT * (weights_BT > 0)).sum()
         totals[1] += weights_BT.sum()
+        made_progress()
     nats, num_bytes = sum_over_ranks(totals).tolist()
     if num_bytes == 0:
         raise DataError("the validation rows hold no text, so bits per byte are undefined", "raise --eval-tokens")

@@ -40,7 +40,6 @@ from nanochat.tracking.console import Console
 CORE_NAME = "core.yaml"
 BASELINES_NAME = "eval_meta_data.csv"
 DATA_NAME = "eval_data"
-BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 
 # nanochat's: the order of a task's problems, and the examples before problem number i of that order.
 ORDER_SEED = 1337
@@ -136,7 +135,7 @@ def read_bundle(bundle: Path) -> list[CoreTask]:
     Raises:
         DataError: something is missing, damaged or of another form.
     """
-    fix = f"unpack {BUNDLE_URL} in {bundle.parent}"
+    fix = "bring it where there is network: nanochat stage core"
     try:
         listed = yaml.safe_load((bundle / CORE_NAME).read_text(encoding="utf-8"))["icl_tasks"]
         with (bundle / BASELINES_NAME).open(encoding="utf-8", newline="") as stream:

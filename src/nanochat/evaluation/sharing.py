@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanochat.errors import UsageError
-from nanochat.runtime import Runtime, gather_from_ranks
+from nanochat.runtime import Runtime, gather_from_ranks, made_progress
 from nanochat.tracking.console import Console
 
 Problem = TypeVar("Problem")
@@ -51,6 +51,7 @@ def answer_all(
         for batch in mine:
             answers += zip(batch, answer([problems[index] for index in batch]), strict=True)
             progress.advance(len(batch))
+            made_progress()
     by_index = dict(pair for share in gather_from_ranks(answers) for pair in share)
     return [by_index[index] for index in range(len(problems))]
 

@@ -317,5 +317,5 @@ def _bits_per_byte(trained: TrainedModel, workspace: Workspace) -> str | None:
     path = metrics_path(workspace, trained.config["run"], trained.stage, trained.tag)
     if not path.is_file():
         return None
-    found = [row["val/bpb"] for row in read(path) if row["step"] == trained.step and "val/bpb" in row]
+    found = [row["epoch/bpb"] for row in read(path) if row["step"] == trained.step and "epoch/bpb" in row]
     return f"{found[-1]:.4f}" if found else None

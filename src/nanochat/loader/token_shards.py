@@ -100,6 +100,12 @@ def _load_offsets(path: Path, num_documents: int, num_tokens: int, fix: str) -> 
     return offsets
 
 
+def split_fingerprint(manifest: dict[str, Any], split: Split) -> str:
+    """Equal exactly when tokens, document boundaries and tokenizer of a split are."""
+    entries = [entry for entry in manifest["files"] if entry["split"] == split]
+    return fingerprint([manifest["tokenizer"], [[entry["name"], entry["sha256"]] for entry in entries]])
+
+
 @dataclass(frozen=True, eq=False)
 class TokenDataset:
     """All documents of one split, numbered from 0 in the order of shards and of documents in them.
@@ -149,9 +155,8 @@ class TokenDataset:
             entries = [entry for entry in manifest["files"] if entry["split"] == split]
             token_entries = [entry for entry in entries if entry["name"].endswith(TOKENS_SUFFIX)]
             num_documents = sum(entry["documents"] for entry in token_entries)
-            tokenizer = manifest["tokenizer"]
-            vocab_size, bos_id = tokenizer["vocab_size"], tokenizer["bos_id"]
-            identity = [tokenizer, [[entry["name"], entry["sha256"]] for entry in entries]]
+            vocab_size, bos_id = manifest["tokenizer"]["vocab_size"], manifest["tokenizer"]["bos_id"]
+            identity = split_fingerprint(manifest, split)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{folder / MANIFEST_NAME} is damaged ({error!r})", fix) from None
         if num_documents == 0:
@@ -189,7 +194,7 @@ class TokenDataset:
             num_tokens=shard_starts[-1],
             bos_id=bos_id,
             vocab_size=vocab_size,
-            fingerprint=fingerprint(identity),
+            fingerprint=identity,
             _shards=shards,
             _trained_shards=trained_shards,
             _shard_starts=shard_starts[:-1],
@@ -204,6 +209,11 @@ class TokenDataset:
     def lengths_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """The lengths in tokens of some documents, BOS included."""
         return self._offsets[documents + 1] - self._offsets[documents]
+
+    @property
+    def num_shards(self) -> int:
+        """How many files the tokens are in."""
+        return len(self._shards)
 
     def document(self, index: int) -> NDArray[np.uint16]:
         """A read-only view of one document's tokens."""

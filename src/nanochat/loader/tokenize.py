@@ -24,7 +24,9 @@ from nanochat.errors import DataError, NanochatError, UsageError
 from nanochat.files import (
     MANIFEST_NAME,
     read_json,
+    refuse_if_used,
     remove_stale_temporaries,
+    use_folders,
     verify_files,
     write_json,
     write_manifest,
@@ -104,7 +106,7 @@ def tokenize_corpus(
         The manifest of `out` (kind `tokens`).
 
     Raises:
-        UsageError: the vocabulary does not fit into uint16, or `workers` is less than 1.
+        UsageError: the vocabulary does not fit into uint16, `workers` is less than 1, or a run reads `out`.
         DataError: corpus or tokenizer is missing or damaged.
         NanochatError: a worker process was killed or failed.
     """
@@ -129,6 +131,7 @@ def tokenize_corpus(
     }
     tasks = _plan(corpus_folder, corpus.manifest["files"], out, about)
     out.mkdir(parents=True, exist_ok=True)
+    refuse_if_used(out, str(out))
     remove_stale_temporaries(out)
     _retract_manifest(out, corpus.fingerprint, about)
 
@@ -136,11 +139,12 @@ def tokenize_corpus(
     tokens_done = 0
     receipts: dict[str, dict[str, Any]] = {}
     num_workers = min(workers, len(tasks))
-    for task, receipt in _receipts(tasks, num_workers, tokenizer_folder, tokenizer):
-        receipts[task.stem] = receipt
-        tokens_done += receipt["tokens"]
-        if progress is not None:
-            progress(TokenizeProgress(len(receipts), len(tasks), tokens_done, time.monotonic() - started))
+    with use_folders(f"tokenising into {out}", corpus_folder):
+        for task, receipt in _receipts(tasks, num_workers, tokenizer_folder, tokenizer):
+            receipts[task.stem] = receipt
+            tokens_done += receipt["tokens"]
+            if progress is not None:
+                progress(TokenizeProgress(len(receipts), len(tasks), tokens_done, time.monotonic() - started))
 
     in_order = [receipts[task.stem] for task in tasks]
     files = [entry for receipt in in_order for entry in receipt["files"]]

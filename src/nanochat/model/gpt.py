@@ -24,6 +24,7 @@ from nanochat.config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, ModelConfi
 from nanochat.model.attention import Attention, sdpa_attention
 from nanochat.model.kv_cache import CacheStep
 from nanochat.model.loss import softcap, softcapped_cross_entropy, softcapped_token_losses
+from nanochat.model.size import flops_per_token, parameter_counts
 
 ROPE_THETA = 100_000.0
 # Given explicitly: F.rms_norm's default is the machine epsilon of the input's dtype, 0.0078 in bfloat16.
@@ -282,20 +283,12 @@ class GPT(nn.Module):
         return softcapped_token_losses(self.hidden_states(tokens_BT), self.lm_head.weight, targets_BT)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; they sum to `total`. `scaling` is what the scaling rules count: matrices + head."""
-        counts = {"wte": 0, "value_embeds": 0, "lm_head": 0, "matrices": 0, "scalars": 0}
-        for name, parameter in self.named_parameters():
-            counts[part_of(name)] += parameter.numel()
-        return {**counts, "total": sum(counts.values()), "scaling": counts["matrices"] + counts["lm_head"]}
+        """Parameters by part, see `nanochat.model.size`."""
+        return parameter_counts(self.config)
 
     def flops_per_token(self) -> int:
-        """Training FLOPs per token, forward and backward.
-
-        6 per matmul weight, and 12 · heads · head dim · visible tokens per layer for attention (PaLM, arXiv 2204.02311,
-        appendix B), with the window where a layer has one. Embedding look-ups count nothing.
-        """
-        matmul_weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
-        return 6 * matmul_weights + sum(12 * self.config.n_embd * window for window in self.config.windows)
+        """Training FLOPs per token, forward and backward, see `nanochat.model.size`."""
+        return flops_per_token(self.config)
 
 
 def part_of(name: str) -> str:

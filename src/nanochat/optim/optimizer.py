@@ -112,6 +112,7 @@ class ShardedOptimizer:
     ) -> None:
         _check_groups(groups)
         self.step_count = 0
+        self._groups = groups
         self._banks: list[_Bank] = []
         for group in groups:
             match group:
@@ -123,6 +124,10 @@ class ShardedOptimizer:
                 case _:
                     raise ValueError(f"group {group.name} is neither a MuonGroup nor an AdamWGroup")
         self._is_reduced = False
+
+    def learning_rates(self, schedule: StepSchedule) -> dict[str, float]:
+        """The learning rate of each group at a step, by the group's name."""
+        return {group.name: group.lr * schedule.lr_multiplier for group in self._groups}
 
     @torch.no_grad()
     def zero_gradients(self) -> None:

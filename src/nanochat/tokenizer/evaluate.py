@@ -106,17 +106,19 @@ class CompressionRow:
     bytes_per_token: dict[str, float | None]
 
 
-def evaluate_tokenizer(tokenizer: Tokenizer, samples: Mapping[str, str]) -> list[CompressionRow]:
-    """Measure bytes per token for each sample, next to GPT-2 and GPT-4 where tiktoken has them cached.
+def evaluate_tokenizer(
+    tokenizer: Tokenizer, samples: Mapping[str, str], encodings: Path | None = None
+) -> list[CompressionRow]:
+    """Measure bytes per token for each sample, next to GPT-2 and GPT-4 where they are on disk.
 
-    Nothing is ever downloaded. On a machine with internet, `tiktoken.get_encoding("r50k_base")` and
-    `tiktoken.get_encoding("cl100k_base")` fill the folder that TIKTOKEN_CACHE_DIR names.
+    Nothing is ever downloaded. `nanochat stage encodings` brings them; what tiktoken itself has cached is used too.
 
     Args:
         samples: kind of text to text; `SAMPLES` holds built-in ones. Empty texts are left out.
+        encodings: the folder of staged vocabularies.
     """
     cache = tiktoken_cache()
-    peers = {peer.name: load_peer(peer, cache) for peer in PEERS}
+    peers = {peer.name: load_peer(peer, encodings) or load_peer(peer, cache) for peer in PEERS}
     rows = []
     for name, text in samples.items():
         if not text:
@@ -161,16 +163,20 @@ def tiktoken_cache() -> Path | None:
     return Path(folder) if folder else None
 
 
+def peer_path(peer: PeerTokenizer, folder: Path) -> Path:
+    """Where a folder laid out as tiktoken's cache has a peer's ranks (tiktoken/load.py)."""
+    return folder / hashlib.sha1(peer.url.encode()).hexdigest()
+
+
 def load_peer(peer: PeerTokenizer, cache: Path | None) -> tiktoken.Encoding | None:
-    """Read a peer's ranks from tiktoken's cache; None if they are not there or not what was published.
+    """Read a peer's ranks from a folder laid out as tiktoken's cache; None if what was published is not there.
 
     tiktoken's own loader is not used, because it downloads what is missing and deletes what does not match.
     """
     if cache is None:
         return None
-    path = cache / hashlib.sha1(peer.url.encode()).hexdigest()
     try:
-        content = path.read_bytes()
+        content = peer_path(peer, cache).read_bytes()
     except OSError:
         return None
     if hashlib.sha256(content).hexdigest() != peer.sha256:

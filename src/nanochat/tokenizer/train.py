@@ -43,6 +43,23 @@ def split_pattern(digit_group: int = 2) -> str:
     )
 
 
+def check_tokenizer_settings(vocab_size: int, digit_group: int, max_chars: int, doc_cap: int) -> None:
+    """Check what can be checked before there is text.
+
+    Raises:
+        UsageError: a number is out of range.
+    """
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UsageError(
+            f"vocabulary size {vocab_size:,} is out of range",
+            f"use --vocab-size from {MIN_VOCAB_SIZE} (bytes, special tokens and one merge) "
+            f"to {MAX_VOCAB_SIZE} (token shards hold 16-bit ids)",
+        )
+    if max_chars < 1 or doc_cap < 1:
+        raise UsageError("--max-chars and --doc-cap must be at least 1", "leave them out for the defaults")
+    split_pattern(digit_group)
+
+
 def train_tokenizer(
     texts: Iterable[str],
     *,
@@ -66,14 +83,7 @@ def train_tokenizer(
         UsageError: a parameter is out of range, or the text holds too few distinct pairs for `vocab_size`
             tokens.
     """
-    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UsageError(
-            f"vocabulary size {vocab_size:,} is out of range",
-            f"use --vocab-size from {MIN_VOCAB_SIZE} (bytes, special tokens and one merge) "
-            f"to {MAX_VOCAB_SIZE} (token shards hold 16-bit ids)",
-        )
-    if max_chars < 1 or doc_cap < 1:
-        raise UsageError("--max-chars and --doc-cap must be at least 1", "leave them out for the defaults")
+    check_tokenizer_settings(vocab_size, digit_group, max_chars, doc_cap)
     pattern = split_pattern(digit_group)
     trainer = rustbpe.Tokenizer()
     num_mergeable = vocab_size - len(SPECIAL_TOKENS)

@@ -3,14 +3,18 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 
-from nanochat.config import ModelConfig, TrainBaseConfig, model_from_depth
+from nanochat.config import ModelConfig, TrainBaseConfig
 from nanochat.evaluation.bits_per_byte import bits_per_byte, unigram_bits_per_byte
-from nanochat.files import lock_folder
+from nanochat.files import lock_folder, use_folders
 from nanochat.loader.batches import BatchLoader, LoaderConfig, validation_rows
+from nanochat.loader.token_shards import TokenDataset
 from nanochat.model.generate import generate
 from nanochat.model.gpt import GPT
 from nanochat.optim.optimizer import ShardedOptimizer, check_coverage
@@ -19,15 +23,16 @@ from nanochat.runtime import Runtime, run_on_main, seed_everything
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tracking.console import Console, format_count
 from nanochat.tracking.environment import describe_environment
+from nanochat.training.continuing import base_identity
+from nanochat.training.groups import parameter_groups
 from nanochat.training.loop import ResumePoint, Stage
-from nanochat.training.recipe import Recipe, make_recipe, parameter_groups
+from nanochat.training.recipe import Recipe, base_shape, make_recipe
 from nanochat.training.session import (
     TrainingInputs,
     cadence_of,
     checkpoint_to_resume,
     compiles,
     device_rows,
-    identity_fields,
     metrics_path,
     result_figures,
     resume_point,
@@ -40,12 +45,22 @@ STAGE: Final = "base"
 FIX_TOKENS = "nanochat data tokenize"
 SAMPLE_PROMPTS = ("The ", "import ", "Return the ", "The capital of France is")
 SAMPLE_TOKENS = 48
+NOTHING_MORE: Mapping[str, Path] = MappingProxyType({})
 
 
-def train_base(config: TrainBaseConfig, run: str, workspace: Workspace, runtime: Runtime) -> dict[str, Any]:
+def train_base(
+    config: TrainBaseConfig,
+    run: str,
+    workspace: Workspace,
+    runtime: Runtime,
+    also_validate: Mapping[str, Path] = NOTHING_MORE,
+) -> dict[str, Any]:
     """Pretrain, or carry on from the newest checkpoint, and write the report's section.
 
     One process (or group of ranks) trains a model at a time; a second one is refused.
+
+    Args:
+        also_validate: folders of tokens whose validation split is measured as well, as `epoch/bpb_<name>`.
 
     Returns:
         What the stage made: checkpoint fingerprint, steps, final metrics.
@@ -56,11 +71,17 @@ def train_base(config: TrainBaseConfig, run: str, workspace: Workspace, runtime:
         StoppedForRequeueError: a signal stopped the run after a checkpoint.
     """
     folder = workspace.checkpoints(STAGE, config.tag)
-    with run_on_main(lambda: lock_folder(folder, f"the model {config.tag}")) or contextlib.nullcontext():
-        return _train_base(config, run, workspace, runtime)
+    read = (workspace.tokens, workspace.tokenizer) if runtime.is_main else ()
+    with (
+        run_on_main(lambda: lock_folder(folder, f"the model {config.tag}")) or contextlib.nullcontext(),
+        use_folders(f"the training of the base model {config.tag}, run {run}", *read),
+    ):
+        return _train_base(config, run, workspace, runtime, also_validate)
 
 
-def _train_base(config: TrainBaseConfig, run: str, workspace: Workspace, runtime: Runtime) -> dict[str, Any]:
+def _train_base(
+    config: TrainBaseConfig, run: str, workspace: Workspace, runtime: Runtime, also_validate: Mapping[str, Path]
+) -> dict[str, Any]:
     """Pretrain; the model's folder is locked."""
     started = time.perf_counter()
     console = Console(enabled=runtime.is_main)
@@ -68,7 +89,9 @@ def _train_base(config: TrainBaseConfig, run: str, workspace: Workspace, runtime
     shape = base_shape(config, inputs.tokenizer.vocab_size)
     recipe = make_recipe(config, shape, inputs.train.num_tokens)
     resolved = resolve(config, run, shape, recipe, inputs, runtime)
-    stage, resumed = build_stage(config, shape, recipe, resolved, inputs, workspace, runtime, console)
+    validation = {"epoch/bpb": inputs.val}
+    validation |= {f"epoch/bpb_{name}": TokenDataset.open(path, "val") for name, path in also_validate.items()}
+    stage, resumed = build_stage(config, shape, recipe, resolved, inputs, validation, workspace, runtime, console)
     counts = stage.model.parameter_counts()
     console.info(
         f"{config.tag}: {format_count(counts['total'])} parameters ({format_count(counts['scaling'])} scaling), "
@@ -81,7 +104,9 @@ def _train_base(config: TrainBaseConfig, run: str, workspace: Workspace, runtime
         cadence_of(config, recipe.num_steps),
         resumed,
         metrics_file=metrics_file,
-        wandb_mode=config.wandb,
+        machine=config,
+        model_tag=config.tag,
+        data=inputs.train,
         workspace=workspace,
         runtime=runtime,
         console=console,
@@ -101,7 +126,7 @@ def _train_base(config: TrainBaseConfig, run: str, workspace: Workspace, runtime
                 "Bits per byte of a byte-unigram model": round(unigram, 4),
             },
             baseline={"byte-unigram model": unigram},
-            summary={"Bits per byte": round(result.evaluation["val/bpb"], 4)},
+            summary={"Bits per byte": round(result.evaluation["epoch/bpb"], 4)},
             metrics_file=metrics_file,
             workspace=workspace,
             gpus=runtime.num_gpus,
@@ -111,22 +136,8 @@ def _train_base(config: TrainBaseConfig, run: str, workspace: Workspace, runtime
         "steps": result.progress.step,
         "fingerprint": result.fingerprint,
         "checkpoints": str(stage.checkpoints.relative_to(workspace.root)),
-        "val/bpb": result.evaluation["val/bpb"],
+        "epoch/bpb": result.evaluation["epoch/bpb"],
     }
-
-
-def base_shape(config: TrainBaseConfig, vocab_size: int) -> ModelConfig:
-    """The model that the settings ask for."""
-    return model_from_depth(
-        config.depth,
-        vocab_size,
-        config.sequence_len,
-        aspect_ratio=config.aspect_ratio,
-        head_dim=config.head_dim,
-        num_kv_heads=config.num_kv_heads,
-        window_pattern=config.window_pattern,
-        variant=config.variant,
-    )
 
 
 def build_stage(
@@ -135,6 +146,7 @@ def build_stage(
     recipe: Recipe,
     resolved: dict[str, Any],
     inputs: TrainingInputs,
+    validation: Mapping[str, TokenDataset],
     workspace: Workspace,
     runtime: Runtime,
     console: Console,
@@ -172,7 +184,8 @@ def build_stage(
         device=runtime.device,
         state=checkpoint.state["loader"] if checkpoint is not None else None,
     )
-    rows = validation_rows(inputs.val, config.sequence_len, max(1, config.eval_tokens // config.sequence_len))
+    max_rows = max(1, config.eval_tokens // config.sequence_len)
+    validated = {key: validation_rows(dataset, config.sequence_len, max_rows) for key, dataset in validation.items()}
     token_bytes = inputs.tokenizer.token_bytes()
     schedule = ScheduleConfig(
         warmup_steps=recipe.warmup_steps,
@@ -186,7 +199,10 @@ def build_stage(
         optimizer=optimizer,
         loader=loader,
         schedule=lambda step: schedule_at(step, recipe.num_steps, schedule),
-        evaluate=lambda: {"val/bpb": bits_per_byte(model, rows, token_bytes, runtime, config.device_batch_size)},
+        evaluate=lambda: {
+            key: bits_per_byte(model, rows, token_bytes, runtime, config.device_batch_size)
+            for key, rows in validated.items()
+        },
         sample=lambda: draw_samples(model, inputs.tokenizer),
         tokens_per_step=recipe.total_batch_size,
         tokens_per_epoch=inputs.train.num_tokens,
@@ -203,9 +219,7 @@ def resolve(
     """Everything that was chosen or derived, JSON-able. `identity` is the part that decides the weights."""
     fields = dataclasses.asdict(config)
     identity = {
-        **identity_fields(fields),
-        "model": dataclasses.asdict(shape),
-        "recipe": dataclasses.asdict(recipe),
+        **base_identity(config, shape, recipe),
         "dtype": str(runtime.compute_dtype).removeprefix("torch."),
         "tokenizer": inputs.tokenizer.fingerprint,
         "data": inputs.train.fingerprint,

@@ -20,7 +20,7 @@ from nanochat.config import MachineConfig, ModelConfig, TrainBaseConfig, TrainCh
 from nanochat.corpus.conversation import user
 from nanochat.errors import DataError, UsageError
 from nanochat.evaluation.bits_per_byte import bits_per_byte
-from nanochat.files import lock_folder, read_manifest
+from nanochat.files import lock_folder, read_manifest, use_folders
 from nanochat.loader.batches import BatchLoader, LoaderConfig, validation_rows
 from nanochat.loader.token_shards import MANIFEST_KIND, TokenDataset
 from nanochat.model.gpt import GPT
@@ -31,15 +31,16 @@ from nanochat.tokenizer.conversation import render_prompt
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tracking.console import Console, format_count
 from nanochat.tracking.environment import describe_environment
+from nanochat.training.continuing import identity_fields
+from nanochat.training.groups import parameter_groups
 from nanochat.training.loop import ResumePoint, Stage
-from nanochat.training.recipe import Recipe, parameter_groups
+from nanochat.training.recipe import Recipe, chat_batch_size
 from nanochat.training.session import (
     TrainingInputs,
     cadence_of,
     checkpoint_to_resume,
     compiles,
     device_rows,
-    identity_fields,
     metrics_path,
     result_figures,
     resume_point,
@@ -105,7 +106,11 @@ def train_chat(
     """
     tag = choose_model_tag(workspace, config.source, model_tag)
     folder = workspace.checkpoints(stage, tag)
-    with run_on_main(lambda: lock_folder(folder, f"the {stage} model {tag}")) or contextlib.nullcontext():
+    read = (workspace.conversation_tokens(stage), workspace.tokenizer) if runtime.is_main else ()
+    with (
+        run_on_main(lambda: lock_folder(folder, f"the {stage} model {tag}")) or contextlib.nullcontext(),
+        use_folders(f"the training of the {stage} model {tag}, run {run}", *read),
+    ):
         return _train_chat(stage, config, machine, run, tag, workspace, runtime)
 
 
@@ -139,7 +144,9 @@ def _train_chat(
         cadence_of(config, recipe.num_steps),
         resumed,
         metrics_file=metrics_file,
-        wandb_mode=machine.wandb,
+        machine=machine,
+        model_tag=tag,
+        data=inputs.train,
         workspace=workspace,
         runtime=runtime,
         console=console,
@@ -171,7 +178,7 @@ def _train_chat(
         "steps": result.progress.step,
         "fingerprint": result.fingerprint,
         "checkpoints": str(stage.checkpoints.relative_to(workspace.root)),
-        "val/bpb": result.evaluation["val/bpb"],
+        "epoch/bpb": result.evaluation["epoch/bpb"],
     }
 
 
@@ -224,24 +231,6 @@ def open_conversations(
         if found != wanted:
             raise DataError(f"{folder} was made with {name} {found}, this run has {wanted}", fix)
     return TrainingInputs.open(workspace, folder, fix)
-
-
-def chat_batch_size(config: TrainChatConfig, base_batch_size: int, sequence_len: int) -> int:
-    """Tokens per step: as asked for, or a fraction of the base model's.
-
-    Raises:
-        UsageError: it is not a whole number of rows.
-    """
-    batch = config.total_batch_size
-    if batch is None:
-        rows = base_batch_size * config.batch_fraction / sequence_len
-        batch = sequence_len * 2 ** max(0, round(math.log2(rows)))
-    if batch < 1 or batch % sequence_len:
-        raise UsageError(
-            f"--total-batch-size {batch} is not a whole number of rows of {sequence_len} tokens",
-            f"for example --total-batch-size {max(1, round(batch / sequence_len)) * sequence_len}",
-        )
-    return batch
 
 
 def make_chat_recipe(config: TrainChatConfig, source: Source, data: TokenDataset) -> Recipe:
@@ -359,7 +348,7 @@ def build_stage(
         optimizer=optimizer,
         loader=loader,
         schedule=schedule,
-        evaluate=lambda: {"val/bpb": bits_per_byte(model, rows, token_bytes, runtime, config.device_batch_size)},
+        evaluate=lambda: {"epoch/bpb": bits_per_byte(model, rows, token_bytes, runtime, config.device_batch_size)},
         sample=lambda: draw_answers(model, inputs.tokenizer),
         tokens_per_step=recipe.total_batch_size,
         tokens_per_epoch=inputs.train.num_tokens,

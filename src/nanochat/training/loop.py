@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from nanochat.checkpoint.folders import checkpoint_folder
 from nanochat.checkpoint.store import CheckpointNotSavedError, save_checkpoint
 from nanochat.errors import NanochatError, StoppedForRequeueError, StoppedWithMainError
 from nanochat.loader.batches import BatchLoader, merge_states
@@ -28,24 +29,27 @@ from nanochat.optim.optimizer import ShardedOptimizer
 from nanochat.optim.schedules import StepSchedule
 from nanochat.runtime import (
     Runtime,
-    barrier,
     from_main,
     gather_from_ranks,
     peak_memory_bytes,
     random_state,
     restore_random_state,
+    run_on_main,
     sum_over_ranks,
 )
+from nanochat.tracking import keys
 from nanochat.tracking.console import Console, format_count, format_fields, format_seconds
 from nanochat.tracking.metrics import MetricsLog, read
+from nanochat.tracking.peak_flops import peak_flops
+from nanochat.tracking.tensorboard import EventFiles
 from nanochat.tracking.wandb_run import WandbRun
+from nanochat.training.heartbeat import Heartbeat
 from nanochat.training.stopping import StopRequest
 from nanochat.workspace import Stage as StageName
 
 # A single overflow is skipped and counted; this many in a row mean that the run has diverged.
 MOST_SKIPS_IN_A_ROW = 10
 SMOOTHING = 0.9
-EVALUATION_KEY = "val/bpb"
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Stage:
         optimizer: holds every parameter of the model.
         loader: this rank's batches.
         schedule: learning rate and the like of a step, counted from 0.
-        evaluate: metrics of the model as it stands; called on all ranks, must contain `val/bpb`.
+        evaluate: metrics of the model as it stands, `epoch/*`; called on all ranks, must contain `BPB`.
         sample: example texts; called on rank 0.
         tokens_per_step: tokens of a global batch.
         tokens_per_epoch: tokens of one pass over the data.
@@ -116,6 +120,8 @@ class Trackers:
     console: Console
     metrics: MetricsLog | None = None
     wandb: WandbRun = field(default_factory=lambda: WandbRun(None))
+    heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(None, ""))
+    tensorboard: EventFiles | None = None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record one step's values everywhere. A full disk costs the row, with a warning, and not the run."""
@@ -125,6 +131,14 @@ class Trackers:
             except OSError as error:
                 self.console.warning(f"metrics of step {step} could not be written: {error}")
             self.wandb.log(values, step)
+            if self.tensorboard is not None:
+                self.tensorboard.log(step, values)
+
+    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Show what the model says."""
+        for sample in samples:
+            self.console.info(f"  {sample['prompt']!r} → {sample['text']!r}")
+        self.wandb.table(keys.SAMPLES, samples, step)
 
 
 @dataclass(frozen=True)
@@ -155,7 +169,8 @@ def train(
     The caller has already loaded the checkpoint into model, optimizer and loader; the loop restores its own part.
 
     Raises:
-        StoppedForRequeueError: a signal asked to stop; a checkpoint was written.
+        StoppedForRequeueError: a signal asked to stop, and all that was trained is in a checkpoint.
+        StopSignal: likewise, where the command is set to stop at once and there was nothing to write.
         CheckpointNotSavedError: the last checkpoint could not be written.
         NanochatError: the loss stayed non-finite.
     """
@@ -172,21 +187,26 @@ def train(
     samples: list[dict[str, str]] = []
     skips_in_a_row = 0
     first_step = True
+    saved_step = progress.step
+    heartbeat = trackers.heartbeat
 
     with StopRequest() as stop, _live_bar(trackers.console, stage.name, cadence, progress) as show_progress:
         while True:
             step = progress.step
+            stop.defers = step != saved_step
             if not evaluation and cadence.due(cadence.eval_every, step):
+                heartbeat.beat("evaluating")
                 evaluation = stage.evaluate()
                 trackers.log(step, evaluation)
                 trackers.console.info(f"step {step}/{cadence.num_steps} {format_fields(evaluation)}")
             if cadence.due(cadence.sample_every, step) and step > 0:
                 samples = stage.sample() if runtime.is_main else []
-                for sample in samples:
-                    trackers.console.info(f"  {sample['prompt']!r} → {sample['text']!r}")
+                trackers.samples(step, samples)
             if step == cadence.num_steps:
                 break
 
+            stop.defers = not first_step
+            heartbeat.beat("starting" if first_step else "running")
             started = time.perf_counter()
             schedule = stage.schedule(step)
             loss, gradient_norm, stop_agreed, data_seconds = _forward_backward(stage, runtime, stop)
@@ -202,8 +222,18 @@ def train(
             seconds = time.perf_counter() - started
             progress.step += 1
             progress.seconds += seconds
+            stop.defers = True
             evaluation = {}
             show_progress(loss)
+            heartbeat.beat(
+                "running",
+                step=progress.step,
+                num_steps=cadence.num_steps,
+                loss=loss,
+                step_seconds=seconds,
+                tokens_per_second=stage.tokens_per_step / seconds,
+                seconds_left=progress.seconds / progress.step * (cadence.num_steps - progress.step),
+            )
             if skips_in_a_row == MOST_SKIPS_IN_A_ROW:
                 raise NanochatError(
                     f"{stage.name} diverged: {MOST_SKIPS_IN_A_ROW} steps up to {progress.step} had no finite loss",
@@ -226,19 +256,21 @@ def train(
             if cadence.due(cadence.save_every, progress.step) or stop_agreed:
                 # Before evaluating: an evaluation that fails or is killed must not cost the trained weights.
                 must_succeed = stop_agreed or progress.step == cadence.num_steps
-                fingerprint = _save(stage, cadence, runtime, trackers, progress, must_succeed) or fingerprint
-            if stop_agreed and progress.step < cadence.num_steps:
-                raise StoppedForRequeueError(
-                    f"{stage.name} stopped at step {progress.step} of {cadence.num_steps} on "
-                    f"{stop.signal_name or 'the word of another rank'}, checkpoint in {stage.checkpoints}",
-                    "the same command carries on",
-                )
+                heartbeat.beat("saving")
+                if saved := _save(stage, cadence, runtime, trackers, progress, must_succeed):
+                    fingerprint, saved_step = saved, progress.step
+                    heartbeat.beat(checkpoint=str(checkpoint_folder(stage.checkpoints, progress.step)))
+            if stop_agreed:
+                raise _stopped(stage, cadence, progress, stop)
             if first_step:
                 # What the set-up made lives for the whole run; the collector need not walk it again and again.
                 gc.collect()
                 gc.freeze()
                 first_step = False
 
+    # Of signals that came after the last step's vote; those that come from here on are not the loop's.
+    if sum_over_ranks(torch.tensor(float(stop.signal_name is not None), device=runtime.device)).item() > 0:
+        raise _stopped(stage, cadence, progress, stop)
     if progress.skipped_steps == progress.step:
         raise NanochatError(
             f"{stage.name} took no optimizer step: no loss was finite in {progress.step} steps",
@@ -279,6 +311,14 @@ def _forward_backward(stage: Stage, runtime: Runtime, stop: StopRequest) -> tupl
     return loss_sum, norm, stop_votes > 0, data_seconds
 
 
+def _stopped(stage: Stage, cadence: Cadence, progress: Progress, stop: StopRequest) -> StoppedForRequeueError:
+    return StoppedForRequeueError(
+        f"{stage.name} stopped at step {progress.step} of {cadence.num_steps} on "
+        f"{stop.signal_name or 'the word of another rank'}, checkpoint in {stage.checkpoints}",
+        "the same command carries on",
+    )
+
+
 @contextmanager
 def _live_bar(console: Console, name: str, cadence: Cadence, progress: Progress) -> Iterator[Callable[[float], None]]:
     """On a terminal, a bar that is told the loss of each step. In a log file the lines of metrics are enough."""
@@ -295,7 +335,7 @@ def _evaluation_at(step: int, runtime: Runtime, trackers: Trackers) -> dict[str,
     found: dict[str, float] = {}
     if trackers.metrics is not None:
         for row in read(trackers.metrics.path):
-            if row["step"] == step and EVALUATION_KEY in row:
+            if row["step"] == step and keys.BPB in row:
                 found = {key: value for key, value in row.items() if key != "step"}
     recorded: dict[str, float] = from_main(found if runtime.is_main else None)
     return recorded
@@ -319,20 +359,22 @@ def _log_step(
     trackers.log(
         progress.step,
         {
-            "train/loss": loss,
-            "train/smoothed_loss": smoothed,
-            "train/gradient_norm": gradient_norm,
-            "train/lr_multiplier": schedule.lr_multiplier,
-            "train/muon_momentum": schedule.muon_momentum,
-            "train/tokens": tokens,
-            "train/flops": tokens * stage.flops_per_token,
-            "train/epoch": tokens / stage.tokens_per_epoch,
-            "train/skipped_steps": progress.skipped_steps,
-            "time/tokens_per_second": stage.tokens_per_step / seconds,
-            "time/step_seconds": seconds,
-            "time/data_seconds": data_seconds,
-            "time/train_seconds": progress.seconds,
-            "memory/peak_bytes": peak_memory_bytes(runtime.device),
+            keys.LOSS: loss,
+            keys.SMOOTHED_LOSS: smoothed,
+            keys.GRADIENT_NORM: gradient_norm,
+            keys.LR_MULTIPLIER: schedule.lr_multiplier,
+            **{keys.learning_rate(name): lr for name, lr in stage.optimizer.learning_rates(schedule).items()},
+            keys.MUON_MOMENTUM: schedule.muon_momentum,
+            keys.TOKENS: tokens,
+            keys.FLOPS: tokens * stage.flops_per_token,
+            keys.EPOCH: tokens / stage.tokens_per_epoch,
+            keys.SKIPPED_STEPS: progress.skipped_steps,
+            keys.TOKENS_PER_SECOND: stage.tokens_per_step / seconds,
+            keys.STEP_SECONDS: seconds,
+            keys.DATA_SECONDS: data_seconds,
+            keys.TRAIN_SECONDS: progress.seconds,
+            keys.ITER_NUM: cadence.num_steps,
+            **_device_metrics(runtime, stage.flops_per_token * stage.tokens_per_step / seconds),
         },
     )
     left = progress.seconds / progress.step * (cadence.num_steps - progress.step)
@@ -341,6 +383,17 @@ def _log_step(
         f"lr={schedule.lr_multiplier:.2f} norm={gradient_norm:.3f} "
         f"tok/s={format_count(round(stage.tokens_per_step / seconds))} left={format_seconds(left)}"
     )
+
+
+def _device_metrics(runtime: Runtime, flops_per_second: float) -> dict[str, float]:
+    """Rank 0's memory, as `nvidia-smi` shows it and as tensors use it, and what share of the GPUs' peak is used."""
+    memory = {keys.MEMORY_RESERVED: peak_memory_bytes(runtime.device) / 1e9}
+    if runtime.device.type != "cuda":
+        return memory
+    memory[keys.MEMORY_ALLOCATED] = torch.cuda.max_memory_allocated(runtime.device) / 1e9
+    dtype = str(runtime.compute_dtype).removeprefix("torch.")
+    peak = peak_flops(torch.cuda.get_device_name(runtime.device), dtype)
+    return memory if peak is None else {**memory, keys.MFU: flops_per_second / (peak * runtime.world_size)}
 
 
 def _save(
@@ -354,12 +407,14 @@ def _save(
     """Write a checkpoint on rank 0, all ranks taking part in gathering it.
 
     A failed save in mid-run is a warning: training goes on, and the next save tries again.
+
+    Returns:
+        The checkpoint's fingerprint, on every rank; empty if the save failed.
     """
     loader_state = merge_states(gather_from_ranks(stage.loader.state_dict()))
     optimizer_state = stage.optimizer.state_dict()
-    fingerprint = ""
-    error: CheckpointNotSavedError | None = None
-    if runtime.is_main:
+
+    def write() -> tuple[str, CheckpointNotSavedError | None]:
         try:
             if trackers.metrics is not None:
                 # First: a checkpoint whose metrics are lost in a power failure would never write them again.
@@ -378,13 +433,16 @@ def _save(
                 keep=cadence.keep_checkpoints,
             )
         except CheckpointNotSavedError as failure:
-            error = failure
+            return "", failure
         except OSError as failure:
-            error = CheckpointNotSavedError(f"checkpoint of step {progress.step} could not be written: {failure}")
-    failed: bool = from_main(error is not None)
-    if failed and must_succeed:
+            return "", CheckpointNotSavedError(f"checkpoint of step {progress.step} could not be written: {failure}")
+        return fingerprint, None
+
+    # Not a broadcast, for which the other ranks would wait no longer than for any collective.
+    fingerprint, error = run_on_main(write) or ("", None)
+    saved: str = from_main(fingerprint)
+    if not saved and must_succeed:
         raise error or StoppedWithMainError()
     if error is not None:
         trackers.console.warning(str(error))
-    barrier()
-    return fingerprint
+    return saved

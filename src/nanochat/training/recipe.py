@@ -16,19 +16,16 @@ even when another one is given, so that a 50-step test there trains with the bat
 """
 
 import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-import torch
-
-from nanochat.config import ModelConfig, TrainBaseConfig, model_from_depth
+from nanochat.config import ModelConfig, RunConfig, StageName, TrainBaseConfig, TrainChatConfig, model_from_depth
 from nanochat.errors import UsageError
-from nanochat.model.gpt import GPT, part_of
-from nanochat.optim.optimizer import AdamWGroup, MuonGroup, ParameterGroup
+from nanochat.model.size import flops_per_token, parameter_counts
 
 REFERENCE_DEPTH = 12
 REFERENCE_RATIO = 12.0
 REFERENCE_BATCH_TOKENS = 2**19
-REFERENCE_WIDTH = 768
 BATCH_EXPONENT = 0.383
 # The rules were fitted between d8 and d26. A toy's horizon is a thousand times shorter, where rule 4 would ask for a
 # decay that erases the weights, so its factor ends where the fits end (D_ref/D of a d4 at ratio 12).
@@ -54,16 +51,24 @@ class Recipe:
         return self.num_steps * self.total_batch_size
 
 
-def meta_model(config: ModelConfig) -> GPT:
-    """A model without storage, to count parameters and FLOPs of any size on any machine."""
-    with torch.device("meta"):
-        return GPT(config)
+def base_shape(config: TrainBaseConfig, vocab_size: int) -> ModelConfig:
+    """The model that the settings ask for."""
+    return model_from_depth(
+        config.depth,
+        vocab_size,
+        config.sequence_len,
+        aspect_ratio=config.aspect_ratio,
+        head_dim=config.head_dim,
+        num_kv_heads=config.num_kv_heads,
+        window_pattern=config.window_pattern,
+        variant=config.variant,
+    )
 
 
 def reference_horizon(vocab_size: int, sequence_len: int) -> float:
     """Tokens of the reference run, a d12 with this tokenizer at 12 tokens per scaling parameter."""
     reference = model_from_depth(REFERENCE_DEPTH, vocab_size, sequence_len)
-    return REFERENCE_RATIO * meta_model(reference).parameter_counts()["scaling"]
+    return REFERENCE_RATIO * parameter_counts(reference)["scaling"]
 
 
 def _round_batch(tokens: float, unit: int) -> int:
@@ -83,12 +88,11 @@ def make_recipe(config: TrainBaseConfig, model: ModelConfig, dataset_tokens: int
     Raises:
         UsageError: the batch is not a whole number of rows, or the horizon has no step in it.
     """
-    meta = meta_model(model)
     unit = model.sequence_len
     ratio = config.data_param_ratio or REFERENCE_RATIO
-    horizon = float(ratio * meta.parameter_counts()["scaling"])
+    horizon = float(ratio * parameter_counts(model)["scaling"])
     if config.target_flops is not None:
-        horizon = config.target_flops / meta.flops_per_token()
+        horizon = config.target_flops / flops_per_token(model)
     elif config.target_epochs is not None:
         horizon = config.target_epochs * dataset_tokens
     reference = reference_horizon(model.vocab_size, model.sequence_len)
@@ -127,36 +131,46 @@ def make_recipe(config: TrainBaseConfig, model: ModelConfig, dataset_tokens: int
     )
 
 
-def parameter_groups(model: GPT, config: TrainBaseConfig, recipe: Recipe) -> list[ParameterGroup]:
-    """Sort a model's parameters into optimizer groups: Muon for matrices, AdamW for the rest.
+def chat_batch_size(config: TrainChatConfig, base_batch_size: int, sequence_len: int) -> int:
+    """Tokens per step: as asked for, or a fraction of the base model's.
 
-    Betas, decays and the factors between groups are nanochat's (gpt.py, 2026-07).
+    Raises:
+        UsageError: it is not a whole number of rows.
     """
-    width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
-    embedding_lr = config.embedding_lr * width_scale * recipe.lr_scale
-    unembedding_lr = config.unembedding_lr * width_scale * recipe.lr_scale
-    scalar_lr = config.scalar_lr * recipe.lr_scale
+    batch = config.total_batch_size
+    if batch is None:
+        rows = base_batch_size * config.batch_fraction / sequence_len
+        batch = sequence_len * 2 ** max(0, round(math.log2(rows)))
+    if batch < 1 or batch % sequence_len:
+        raise UsageError(
+            f"--total-batch-size {batch} is not a whole number of rows of {sequence_len} tokens",
+            f"for example --total-batch-size {max(1, round(batch / sequence_len)) * sequence_len}",
+        )
+    return batch
 
-    named: dict[str, dict[str, torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        part = part_of(name)
-        named.setdefault(name.split("_")[0] if part == "scalars" else part, {})[name] = parameter
 
-    def adamw(part: str, lr: float, betas: tuple[float, float], weight_decay: float) -> AdamWGroup:
-        return AdamWGroup(part, named[part], lr=lr, betas=betas, weight_decay=weight_decay)
+def check_ranks(
+    config: RunConfig, stages: Collection[StageName], recipe: Recipe, world_size: int
+) -> Iterator[UsageError]:
+    """Errors of the chosen stages whose rows and lanes cannot be shared evenly.
 
-    matrix_lr = config.matrix_lr * recipe.lr_scale
-    groups: list[ParameterGroup] = [
-        adamw("lm_head", unembedding_lr, (0.8, 0.96), 0.01),
-        adamw("wte", embedding_lr, (0.8, 0.995), 0.001),
-        MuonGroup("matrices", named["matrices"], lr=matrix_lr, weight_decay=recipe.weight_decay),
-    ]
-    if model.config.variant == "modern":
-        groups += [
-            adamw("value_embeds", embedding_lr / 2, (0.8, 0.995), 0.01),
-            adamw("resid", scalar_lr / 100, (0.8, 0.95), 0.05),
-            adamw("x0", scalar_lr, (0.96, 0.95), 0.0),
-            adamw("smear", 0.2, (0.8, 0.95), 0.0),
-            adamw("backout", 0.2, (0.8, 0.95), 0.0),
-        ]
-    return groups
+    Args:
+        config: of the run.
+        stages: those chosen.
+        recipe: of its base model.
+        world_size: how many ranks are to share.
+    """
+    unit = config.base.sequence_len
+    shared = {
+        "base": ("", recipe.total_batch_size, config.base.lanes),
+        "mid": ("mid.", chat_batch_size(config.mid, recipe.total_batch_size, unit), config.mid.lanes),
+        "sft": ("sft.", chat_batch_size(config.sft, recipe.total_batch_size, unit), config.sft.lanes),
+    }
+    for name, (prefix, batch, lanes) in shared.items():
+        rows = batch // unit
+        if name in stages and (rows % world_size or lanes % world_size):
+            yield UsageError(
+                f"{world_size} ranks cannot share the {rows} rows and {lanes} lanes of {name} evenly",
+                f"for example --{prefix}total-batch-size {unit * world_size * -(-rows // world_size)} "
+                f"--{prefix}lanes {world_size * -(-lanes // world_size)}; or use another number of devices",
+            )

@@ -1,37 +1,36 @@
 """What surrounds the loop in every stage: the checkpoint to carry on from, who watches, and what is reported."""
 
+import contextlib
 import functools
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nanochat.checkpoint.store import Checkpoint
 from nanochat.checkpoint.trained_model import newest_checkpoint
 from nanochat.config import MachineConfig, TrainBaseConfig, TrainChatConfig
-from nanochat.errors import DataError, NanochatError, UsageError
+from nanochat.errors import DataError
 from nanochat.files import read_manifest
 from nanochat.loader.batches import BatchLoader, LoaderStatistics
 from nanochat.loader.token_shards import MANIFEST_KIND, TokenDataset
 from nanochat.runtime import Runtime, check_tf32, gather_from_ranks, run_on_main
 from nanochat.tokenizer.tokenizer import Tokenizer
+from nanochat.tracking import keys
 from nanochat.tracking.console import Console, format_seconds
 from nanochat.tracking.environment import describe_environment
 from nanochat.tracking.metrics import MetricsLog, Value, read, series
 from nanochat.tracking.plots import plot_curves
 from nanochat.tracking.report import Plot, Sample, Section, write_section
-from nanochat.tracking.wandb_run import start_wandb
+from nanochat.tracking.runs import RunRecord, begin_record, track_run
+from nanochat.tracking.tensorboard import EventFiles, check_tensorboard
+from nanochat.tracking.wandb_run import asked_mode, name_run
+from nanochat.training.continuing import refuse_other_run
 from nanochat.training.loop import Cadence, Progress, ResumePoint, Stage, Trackers, TrainingResult, train
+from nanochat.training.watchdog import watched
 from nanochat.workspace import Stage as StageName
 from nanochat.workspace import Workspace, check_name
-
-# Fields that may differ between a checkpoint and the run that resumes it: how fast it computes and how often it looks,
-# not what it computes.
-FREE_FIELDS = frozenset(
-    {"device_batch_size", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "log_every"}
-    | {"device", "dtype", "compile", "wandb"}
-)
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,6 @@ class TrainingInputs:
         return cls(tokenizer, *(verified or splits(checksums=False)))
 
 
-def identity_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide the weights: all but `FREE_FIELDS`."""
-    return {name: value for name, value in fields.items() if name not in FREE_FIELDS}
-
-
 def metrics_path(workspace: Workspace, run: str, stage: StageName, model_tag: str) -> Path:
     """Where the metrics of one stage of one model are logged."""
     return workspace.run(run) / stage / check_name(model_tag, "model tag") / "metrics.jsonl"
@@ -86,7 +80,7 @@ def checkpoint_to_resume(
     """
 
     def check(found: Checkpoint) -> None:
-        _refuse_other_run(found, resolved, folder)
+        refuse_other_run(found.config, resolved["run"], resolved["identity"], folder)
         console.info(f"carrying on from {found.folder.name} in {folder}")
 
     return newest_checkpoint(folder, runtime, console, check=check)
@@ -140,53 +134,108 @@ def train_tracked(
     resumed: ResumePoint | None,
     *,
     metrics_file: Path,
-    wandb_mode: Literal["auto", "online", "offline", "disabled"],
+    machine: MachineConfig,
+    model_tag: str,
+    data: TokenDataset,
     workspace: Workspace,
     runtime: Runtime,
     console: Console,
 ) -> tuple[TrainingResult, LoaderStatistics]:
-    """Train with metrics and W&B open, and close both however it ends.
+    """Train with metrics and W&B open, and close both however it ends; the run beats, and a hang ends it.
+
+    Args:
+        stage: what to train.
+        cadence: how long.
+        resumed: where to carry on.
+        metrics_file: where metrics go; `run.json` lies beside it.
+        machine: who may watch, and when a stage counts as hung.
+        model_tag: the model.
+        data: what is trained on, to describe it.
+        workspace: where W&B's files go.
+        runtime: this process.
+        console: where lines go.
 
     Returns:
         How it ended, and what all ranks' loaders delivered.
+
+    Raises:
+        UsageError: what was asked for to be tracked with does not exist.
     """
-    with stage.loader:
+    # On every rank, so that all end alike and none waits for another.
+    asked_mode(machine.wandb)
+    if machine.tensorboard:
+        check_tensorboard()
+    with stage.loader, watched(workspace, stage.config["run"], stage.name, runtime, machine.stall_minutes) as heartbeat:
+        trackers = Trackers(console, heartbeat=heartbeat)
         if runtime.is_main:
             with MetricsLog(metrics_file) as metrics:
-                result = _train_watched(stage, cadence, resumed, metrics, wandb_mode, workspace, runtime, console)
+                names = name_run(
+                    stage.config["run"],
+                    stage.name,
+                    project=machine.wandb_project,
+                    group=machine.wandb_group,
+                    tags=(model_tag, *machine.wandb_tags),
+                )
+                record = begin_record(
+                    metrics_file.parent,
+                    names,
+                    run=stage.config["run"],
+                    stage=stage.name,
+                    model_tag=model_tag,
+                    num_steps=cadence.num_steps,
+                    config={**stage.config, **derived_config(stage, data, runtime)},
+                )
+                trackers = replace(trackers, metrics=metrics)
+                result = _train_recorded(stage, cadence, resumed, trackers, record, machine, workspace, runtime)
         else:
-            result = train(stage, cadence, runtime, Trackers(console), resumed)
+            result = train(stage, cadence, runtime, trackers, resumed)
         return result, _delivered(stage.loader)
 
 
-def _train_watched(
+def _train_recorded(
     stage: Stage,
     cadence: Cadence,
     resumed: ResumePoint | None,
-    metrics: MetricsLog,
-    wandb_mode: Literal["auto", "online", "offline", "disabled"],
+    trackers: Trackers,
+    record: RunRecord,
+    machine: MachineConfig,
     workspace: Workspace,
     runtime: Runtime,
-    console: Console,
 ) -> TrainingResult:
-    wandb = start_wandb(
-        run_name=stage.config["run"],
-        stage=stage.name,
-        config=stage.config,
-        folder=workspace.wandb,
-        mode=wandb_mode,
-    )
-    exit_code = 1
-    try:
-        result = train(stage, cadence, runtime, Trackers(console, metrics, wandb), resumed)
-        wandb.summary({f"final/{name}": value for name, value in result.evaluation.items()})
-        exit_code = 0
-    except NanochatError as error:
-        exit_code = error.exit_code
-        raise
-    finally:
-        wandb.finish(exit_code)
+    assert trackers.metrics is not None
+    metrics_file = trackers.metrics.path
+    with contextlib.ExitStack() as stack:
+        tracked = stack.enter_context(track_run(record, metrics_file.parent, workspace.wandb, machine.wandb))
+        trackers = replace(trackers, wandb=tracked.wandb)
+        if machine.tensorboard:
+            step = resumed.progress.step if resumed is not None else -1
+            events = stack.enter_context(EventFiles(metrics_file.parent / "tensorboard", metrics_file, step))
+            trackers = replace(trackers, tensorboard=events)
+        result = train(stage, cadence, runtime, trackers, resumed)
+        tracked.final = {keys.final(name): value for name, value in result.evaluation.items()}
     return result
+
+
+def derived_config(stage: Stage, data: TokenDataset, runtime: Runtime) -> dict[str, Any]:
+    """What follows from the settings and the machine, flat, so that each is a column of W&B's table of runs."""
+    environment = stage.config["environment"]
+    commit, slurm = environment.get("git", {}), environment.get("slurm", {})
+    parameters = {f"model/{part}_params_M": count / 1e6 for part, count in stage.model.parameter_counts().items()}
+    return {
+        **parameters,
+        "model/flops_per_token": stage.flops_per_token,
+        "train/tokens_per_step": stage.tokens_per_step,
+        "data/num_shards": data.num_shards,
+        "data/documents": data.num_documents,
+        "data/tokens": data.num_tokens,
+        "data/fingerprint": data.fingerprint,
+        "runtime/world_size": runtime.world_size,
+        "runtime/device": environment["gpus"][0]["name"] if environment.get("gpus") else environment["cpu"]["model"],
+        "runtime/image": environment.get("image", {}).get("fingerprint", "none"),
+        "runtime/git_commit": commit.get("commit", "unknown"),
+        "runtime/git_dirty": commit.get("dirty", False),
+        **{f"slurm/{name}": value for name, value in slurm.items()},
+    }
 
 
 def _delivered(loader: BatchLoader) -> LoaderStatistics:
@@ -208,7 +257,7 @@ def result_figures(stage: Stage, result: TrainingResult, runtime: Runtime) -> di
         "Tokens per second": round(tokens / progress.seconds),
         "Peak memory (MiB)": result.peak_memory_bytes // 2**20,
         "Devices": f"{runtime.world_size} × {runtime.device.type}, {stage.config['dtype']}",
-        "Validation bits per byte": round(result.evaluation["val/bpb"], 4),
+        "Validation bits per byte": round(result.evaluation[keys.BPB], 4),
     }
 
 
@@ -230,14 +279,14 @@ def write_training_section(
     name = stage.name
     plot_curves(
         workspace.report / f"{name}_loss.png",
-        {"loss": series(rows, "train/loss"), "smoothed loss": series(rows, "train/smoothed_loss")},
+        {"loss": series(rows, keys.LOSS), "smoothed loss": series(rows, keys.SMOOTHED_LOSS)},
         title="Training loss",
         xlabel="step",
         ylabel="nats per token",
     )
     plot_curves(
         workspace.report / f"{name}_bpb.png",
-        {"validation": series(rows, "val/bpb")},
+        {"validation": series(rows, keys.BPB)},
         title="Validation bits per byte",
         xlabel="step",
         ylabel="bits per byte",
@@ -246,8 +295,8 @@ def write_training_section(
     plot_curves(
         workspace.report / f"{name}_lr.png",
         {
-            "learning rate": series(rows, "train/lr_multiplier"),
-            "Muon momentum": series(rows, "train/muon_momentum"),
+            "learning rate": series(rows, keys.LR_MULTIPLIER),
+            "Muon momentum": series(rows, keys.MUON_MOMENTUM),
         },
         title="Schedules",
         xlabel="step",
@@ -272,26 +321,3 @@ def write_training_section(
             environment=describe_environment(),
         ),
     )
-
-
-def _refuse_other_run(found: Checkpoint, resolved: Mapping[str, Any], folder: Path) -> None:
-    """A checkpoint continues only the run that it belongs to.
-
-    Under another name it would look as if that run had been trained, without a step of its own.
-    """
-    if found.config["run"] != resolved["run"]:
-        raise UsageError(
-            f"{folder} belongs to the run {found.config['run']!r}",
-            f"choose another --model-tag, or carry on with --run {found.config['run']}",
-        )
-    before, identity = found.config["identity"], resolved["identity"]
-    changed = [
-        f"{name} {before.get(name)} → {identity.get(name)}"
-        for name in sorted(before.keys() | identity.keys())
-        if before.get(name) != identity.get(name)
-    ]
-    if changed:
-        raise UsageError(
-            f"{folder} holds a run with other settings ({'; '.join(changed)[:400]})",
-            "choose another --model-tag, or use the same settings to carry on",
-        )

@@ -1,25 +1,29 @@
-"""Training on a CPU, ours beside karpathy/nanochat: how fast, and how good a model after the same tokens or time.
+"""Training, ours beside karpathy/nanochat: how fast, and how good a model after the same tokens or the same time.
 
-python benchmarks/cpu_train.py [--peer CHECKOUT] [--minutes 3] [--compile]
+    python benchmarks/train.py [--peer CHECKOUT] [--minutes 3] [--compile]
+    python benchmarks/train.py --device cuda --depth 12 --peer CHECKOUT [--fp8] [--data FOLDER]
 
-Both sides get the same text (the built-in corpus), token ids, shapes, batch and threads. Each keeps its own default
-hyperparameters, schedules, initial weights and data order: equal hyperparameters are not the point, the result is.
+Both sides get the same text (the built-in corpus, or shards in --data), token ids, shapes and batch, and on a CPU the
+same threads. Each keeps its own default hyperparameters, schedules, initial weights and data order: equal
+hyperparameters are not the point, the result is.
 
-- Ours is `nanochat train base`: eager, which is its default on a CPU, and with --compile also compiled.
+- Ours is `nanochat train base` at its defaults: eager on a CPU, and with --compile also compiled; compiled on a GPU.
 - The peer is its own `scripts.base_train`: torch.compile of the model and of the optimizer is always on there, and its
   scaling rules choose the learning rates. Its default on a CPU is float32; where the CPU has bfloat16 that is tried
-  too, and the faster of the two is compared.
+  too, and the faster of the two is compared. On a GPU it is bfloat16, and with --fp8 also its fp8.
 
-Each mode is first probed for a few steps with an empty compiler cache: that gives its speed and the time until the
-first step is done (`cold`). Then the peer trains for --minutes, with the cache its probe left, and ours, in its default
-mode, three times, each with schedules made for its own number of steps:
+Each mode is first probed for a few steps with an empty compiler cache: that gives its speed, its memory and the time
+until the first step is done (`cold`). Then the peer trains for --minutes, with the cache its probe left, and ours, in
+its default mode, three times, each with schedules made for its own number of steps:
 
 - equal tokens: as many steps as the peer;
 - equal training time: as long as the peer's steps took, compilation left out;
 - equal wall clock: as long as the peer took from its start to its last step, start-up and compilation included.
 
-All models are scored on the same validation rows with the same sums. Printed are two tables and, last, one line of
-JSON. The peer warms up over 40 steps whatever the horizon, so give it minutes that hold some hundred.
+All models are scored on the same validation rows with the same sums. `of peak` is the share of what large matrix
+products in the same dtype reach on this device in the same run, by the FLOPs that `nanochat.model.size` counts. Printed
+are two tables and, last, one line of JSON. The peer warms up over 40 steps whatever the horizon, so give it minutes
+that hold some hundred.
 """
 
 import argparse
@@ -34,6 +38,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -41,17 +46,19 @@ import torch
 
 import nanochat
 from nanochat.checkpoint.store import load_checkpoint
-from nanochat.config import ModelConfig
+from nanochat.config import ModelConfig, model_from_depth
 from nanochat.corpus.builtin import build_builtin_corpus
-from nanochat.corpus.shards import read_texts
+from nanochat.corpus.shards import adopt, read_texts
 from nanochat.evaluation.bits_per_byte import bits_per_byte
 from nanochat.loader.batches import validation_rows
 from nanochat.loader.token_shards import TokenDataset
 from nanochat.loader.tokenize import tokenize_corpus
 from nanochat.model.gpt import GPT
+from nanochat.model.size import flops_per_token
 from nanochat.runtime import Runtime, cpu_has_fast_bfloat16, usable_cores
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tokenizer.train import train_tokenizer
+from nanochat.tracking import keys
 from nanochat.tracking.environment import describe_environment
 from nanochat.tracking.metrics import read, series
 from nanochat.training.session import metrics_path
@@ -59,10 +66,19 @@ from nanochat.workspace import Workspace
 
 OUR_SOURCE = Path(nanochat.__file__).parents[1]
 WARM_UP_STEPS = 3
+# Defaults on a CPU and on a GPU: a toy, and what both sides train at full size.
+SHAPES: dict[str, tuple[tuple[Any, Any], type, str]] = {
+    "head_dim": ((64, 128), int, "channels of an attention head"),
+    "sequence_len": ((256, 2048), int, "tokens of a row"),
+    "window_pattern": (("L", "SSSL"), str, "L is what the peer's own script for CPUs uses"),
+    "device_batch_size": ((16, 32), int, "rows"),
+    "total_batch_size": ((4096, 524288), int, "tokens per step"),
+}
 # Both sides print one line per step: `step 7/300 …loss…`.
 STEP_LINE = re.compile(r"step 0*\d+/\d+ .*loss")
 PEER_STEP_SECONDS = re.compile(r"\| dt: ([\d.]+)ms")
 PEER_SCORE = re.compile(r"Validation bpb: (\S+)")
+PEER_MEMORY = re.compile(r"Peak memory usage: ([\d.]+)MiB")
 
 
 class ProcessFailedError(Exception):
@@ -88,9 +104,10 @@ class Mode:
     side: str
     dtype: str
     compiled: bool
+    fp8: bool = False
 
     def __str__(self) -> str:
-        return f"{self.side}, {self.dtype}, {'compiled' if self.compiled else 'eager'}"
+        return f"{self.side}, {'fp8' if self.fp8 else self.dtype}, {'compiled' if self.compiled else 'eager'}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,7 @@ class Training:
             data, compilation, warm-up.
         train_seconds: all steps, the first counted as a median one.
         wall_seconds: from the start of the process to the end of the last step.
+        memory_bytes: the most memory: of tensors on a GPU, resident on a CPU, which the peer does not tell.
         bits_per_byte: on the validation rows; None for a probe.
     """
 
@@ -111,6 +129,7 @@ class Training:
     start_seconds: float
     train_seconds: float
     wall_seconds: float
+    memory_bytes: float | None
     bits_per_byte: float | None
 
 
@@ -122,13 +141,18 @@ class Bench:
     peer_base: Path
     peer: Path | None
     shape: Shape
+    device: torch.device
     threads: int
     rows: np.ndarray = field(init=False)
     tokenizer: Tokenizer = field(init=False)
 
-    def prepare(self, vocab_size: int, eval_rows: int) -> None:
+    def prepare(self, vocab_size: int, eval_rows: int, data: Path | None) -> None:
         """Make corpus, tokenizer, tokens and validation rows, and hand the peer the same in its own format."""
-        build_builtin_corpus(self.ours.base_data)
+        if data is None:
+            build_builtin_corpus(self.ours.base_data)
+        else:
+            self.ours.base_data.symlink_to(data.resolve())
+            adopt(self.ours.base_data)
         texts = read_texts(self.ours.base_data, "train", "run the benchmark again")
         self.tokenizer = train_tokenizer(texts, vocab_size=vocab_size, max_chars=200_000_000)
         self.tokenizer.save(self.ours.tokenizer)
@@ -159,7 +183,8 @@ class Bench:
         if mode.side == "ours":
             command, source, base = self._our_command(mode, steps, run), str(OUR_SOURCE), self.ours.root
         else:
-            command, source, base = self._peer_command(steps, scored=name != ""), str(self.peer), self.peer_base
+            command = self._peer_command(steps, fp8=mode.fp8, scored=name != "")
+            source, base = str(self.peer), self.peer_base
         environment = {
             "PYTHONPATH": source,
             "PYTHONUNBUFFERED": "1",
@@ -167,14 +192,19 @@ class Bench:
             "OMP_NUM_THREADS": str(self.threads),
             "NANOCHAT_BASE_DIR": str(base),
             "NANOCHAT_DTYPE": mode.dtype,
-            "TORCHINDUCTOR_CACHE_DIR": str(self.ours.cache / f"{mode.side}-{mode.dtype}"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.ours.cache / f"{mode.side}-{mode.dtype}-{mode.fp8}"),
         }
         output, arrivals = run_timed(command, environment)
         if mode.side == "ours":
-            durations = series(read(metrics_path(self.ours, run, "base", run)), "time/step_seconds")[1]
+            rows = read(metrics_path(self.ours, run, "base", run))
+            durations = series(rows, keys.STEP_SECONDS)[1]
+            kind = keys.MEMORY_ALLOCATED if self.device.type == "cuda" else keys.MEMORY_RESERVED
+            memory: float | None = max(series(rows, kind)[1]) * 1e9
             score = self._score_ours(mode, steps, run) if name else None
         else:
             durations = [float(milliseconds) / 1000 for milliseconds in PEER_STEP_SECONDS.findall(output)]
+            on_gpu = PEER_MEMORY.findall(output) if self.device.type == "cuda" else []
+            memory = float(on_gpu[-1]) * 2**20 if on_gpu else None
             score = float(PEER_SCORE.findall(output)[-1]) if name else None
         if not len(durations) == len(arrivals) == steps:
             raise RuntimeError(f"{len(durations)} timings and {len(arrivals)} lines of {steps} steps")
@@ -185,6 +215,7 @@ class Bench:
             start_seconds=arrivals[0] - median,
             train_seconds=sum(durations[1:]) + median,
             wall_seconds=arrivals[-1],
+            memory_bytes=memory,
             bits_per_byte=score,
         )
 
@@ -196,7 +227,7 @@ class Bench:
             "num-steps": steps,
             "dtype": mode.dtype,
             "compile": "on" if mode.compiled else "off",
-            "device": "cpu",
+            "device": self.device.type,
             "wandb": "disabled",
             "log-every": 1,
             "eval-every": 0,
@@ -206,7 +237,7 @@ class Bench:
         }
         return ["-m", "nanochat", "train", "base", *(f"--{name}={value}" for name, value in flags.items())]
 
-    def _peer_command(self, steps: int, scored: bool) -> list[str]:
+    def _peer_command(self, steps: int, *, fp8: bool, scored: bool) -> list[str]:
         flags = {
             "depth": self.shape.depth,
             "head-dim": self.shape.head_dim,
@@ -215,21 +246,23 @@ class Bench:
             "device-batch-size": self.shape.device_batch_size,
             "total-batch-size": self.shape.total_batch_size,
             "num-iterations": steps,
-            "device-type": "cpu",
+            "device-type": self.device.type,
             "eval-every": steps if scored else -1,
             "core-metric-every": -1,
             "sample-every": -1,
         }
-        script = Path(__file__).with_name("cpu_train_peer.py")
+        script = Path(__file__).with_name("train_peer.py")
         arguments = (script, self.peer_base, self.shape.device_batch_size)
-        return [*map(str, arguments), *(f"--{name}={value}" for name, value in flags.items())]
+        words = [*map(str, arguments), *(f"--{name}={value}" for name, value in flags.items())]
+        return [*words, "--fp8"] if fp8 else words
 
     def _score_ours(self, mode: Mode, steps: int, run: str) -> float:
         checkpoint = load_checkpoint(self.ours.checkpoints("base", run), steps, "run the benchmark again")
         dtype = torch.bfloat16 if mode.dtype == "bfloat16" else torch.float32
         model = GPT(ModelConfig(**checkpoint.config["model"]), dtype)
         model.load_state_dict(checkpoint.model)
-        runtime = Runtime(torch.device("cpu"), dtype)
+        model.to(self.device)
+        runtime = Runtime(self.device, dtype)
         return bits_per_byte(model, self.rows, self.tokenizer.token_bytes(), runtime, self.shape.device_batch_size)
 
 
@@ -251,6 +284,20 @@ def run_timed(command: list[str], environment: dict[str, str]) -> tuple[str, lis
     if process.returncode != 0:
         raise ProcessFailedError((lines or ["it printed nothing"])[-1].strip())
     return "".join(lines), arrivals
+
+
+def peak_flops(device: torch.device, dtype: str) -> float:
+    """FLOP/s of a large matrix product, which is what a device can do at best."""
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    seconds = []
+    for _ in range(12):
+        began = time.perf_counter()
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(seconds[2:])
 
 
 def steps_in(seconds: float, probe: Training) -> int:
@@ -280,37 +327,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="a checkout of karpathy/nanochat, which is not written to")
     parser.add_argument("--minutes", type=float, default=3.0, help="training time of the peer, and so of ours")
-    parser.add_argument("--compile", action="store_true", help="probe ours with torch.compile too")
+    parser.add_argument("--compile", action="store_true", help="on a CPU, probe ours with torch.compile too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--fp8", action="store_true", help="on a GPU, probe the peer with fp8 too")
+    parser.add_argument("--data", type=Path, help="a folder of shard_*.parquet, which gets a manifest if it has none")
     parser.add_argument("--probe-steps", type=int, default=20, help="steps that measure the speed of a mode")
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--vocab-size", type=int, help="default: 4096 on a CPU, 32768 on a GPU")
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--sequence-len", type=int, default=256)
-    parser.add_argument("--window-pattern", default="L", help="L is what the peer's own script for CPUs uses")
-    parser.add_argument("--device-batch-size", type=int, default=16, help="rows")
-    parser.add_argument("--total-batch-size", type=int, default=4096, help="tokens per step")
+    for name, (_, kind, meaning) in SHAPES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=meaning)
     parser.add_argument("--eval-rows", type=int, default=256)
     arguments = parser.parse_args()
     if arguments.probe_steps <= WARM_UP_STEPS:
         parser.error(f"--probe-steps must be more than the {WARM_UP_STEPS} that warm up")
+    on_gpu = arguments.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        sys.exit("train: skipped, this process sees no GPU — leave out --device cuda to compare on the CPU")
+    for name, (defaults, _, _) in SHAPES.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, defaults[on_gpu])
+    arguments.vocab_size = arguments.vocab_size or (32768 if on_gpu else 4096)
     shape = Shape(**{name: getattr(arguments, name) for name in Shape.__dataclass_fields__})
     torch.set_num_threads(arguments.threads)
-    dtypes = ("float32", "bfloat16") if cpu_has_fast_bfloat16() else ("float32",)
-    compilations = (False, True) if arguments.compile else (False,)
+    dtypes = ("bfloat16",) if on_gpu else ("float32", "bfloat16") if cpu_has_fast_bfloat16() else ("float32",)
+    compilations = (True,) if on_gpu else (False, True) if arguments.compile else (False,)
     our_modes = [Mode("ours", dtype, compiled) for compiled in compilations for dtype in dtypes]
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         checkout = arguments.peer and arguments.peer.resolve()
-        bench = Bench(Workspace(Path(name, "ours")), Path(name, "peer"), checkout, shape, arguments.threads)
-        bench.prepare(arguments.vocab_size, arguments.eval_rows)
+        device = torch.device(arguments.device)
+        bench = Bench(Workspace(Path(name, "ours")), Path(name, "peer"), checkout, shape, device, arguments.threads)
+        bench.ours.root.mkdir()
+        bench.prepare(arguments.vocab_size, arguments.eval_rows, arguments.data)
         probes = {mode: bench.train(mode, arguments.probe_steps) for mode in our_modes}
-        default = Mode("ours", dtypes[-1], compiled=False)
+        default = Mode("ours", dtypes[-1], compiled=compilations[0])
         skipped = why_no_peer(bench.peer)
         trainings = {}
         if skipped is None:
             try:
                 peers = [Mode("peer", dtype, compiled=True) for dtype in dtypes]
+                peers += [Mode("peer", "bfloat16", compiled=True, fp8=True)] if on_gpu and arguments.fp8 else []
                 probes |= {mode: bench.train(mode, arguments.probe_steps) for mode in peers}
                 fastest = min(peers, key=lambda mode: probes[mode].step_seconds)
                 steps = steps_in(60 * arguments.minutes, probes[fastest])
@@ -318,15 +375,28 @@ def main() -> None:
             except ProcessFailedError as error:
                 skipped = f"a training failed: {error}"
     machine = describe_environment()["cpu"]
-    print(
-        f"\n{machine['model']}, {arguments.threads} threads on {machine['cores']} usable cores, torch"
-        f" {torch.__version__}, load {load_before:.1f} → {os.getloadavg()[0]:.1f}\n{shape}, vocabulary"
-        f" {arguments.vocab_size:,}, {bench.rows.size - len(bench.rows):,} validation tokens\n"
+    peaks = {dtype: peak_flops(device, dtype) for dtype in dtypes}
+    config = model_from_depth(
+        shape.depth,
+        arguments.vocab_size,
+        shape.sequence_len,
+        head_dim=shape.head_dim,
+        window_pattern=shape.window_pattern,
     )
-    print(f"{'':34}{'tokens/s':>12}{'ms/step':>12}{'start, cold':>14}")
+    hardware = torch.cuda.get_device_name(device) if on_gpu else machine["model"]
+    load = [load_before, os.getloadavg()[0]]
+    print(
+        f"\n{hardware}, {arguments.threads} threads on {machine['cores']} usable cores, torch {torch.__version__}, "
+        f"load {load[0]:.1f} → {load[1]:.1f}\n{shape}, vocabulary {arguments.vocab_size:,}, "
+        f"{bench.rows.size - len(bench.rows):,} validation tokens\n"
+    )
+    print(f"{'':34}{'tokens/s':>12}{'ms/step':>12}{'of peak':>10}{'memory':>12}{'start, cold':>14}")
     for mode, probe in probes.items():
         rate = shape.total_batch_size / probe.step_seconds
-        print(f"{mode!s:34}{rate:12,.0f}{1000 * probe.step_seconds:12,.0f}{probe.start_seconds:12.1f} s")
+        share = rate * flops_per_token(config) / peaks[mode.dtype]
+        memory = "" if probe.memory_bytes is None else f"{probe.memory_bytes / 1e9:.2f} GB"
+        speed = f"{rate:12,.0f}{1000 * probe.step_seconds:12,.0f}{share:10.1%}"
+        print(f"{mode!s:34}{speed}{memory:>12}{probe.start_seconds:12.1f} s")
     if trainings:
         print(f"\nlosses: {default} against {fastest}")
         print(f"{'':34}{'steps':>12}{'training':>12}{'wall clock':>14}{'bits/byte':>12}")
@@ -339,7 +409,13 @@ def main() -> None:
         "probes": {str(mode): asdict(probe) for mode, probe in probes.items()},
         "trainings": {label: asdict(run) for label, run in trainings.items()},
         "settings": {**asdict(shape), **{key: getattr(arguments, key) for key in ("vocab_size", "threads", "minutes")}},
-        "machine": {**machine, "torch": torch.__version__, "load": [load_before, os.getloadavg()[0]]},
+        "peak_flops": peaks,
+        "machine": {
+            **machine,
+            "device": arguments.device,
+            "torch": torch.__version__,
+            "load": [load_before, os.getloadavg()[0]],
+        },
         "peer_skipped": skipped,
     }
     print(json.dumps(result))

@@ -1,6 +1,6 @@
-"""The peer's side of `cpu_train.py`: karpathy/nanochat's own `scripts.base_train`, with two things replaced.
+"""The peer's side of `train.py`: karpathy/nanochat's own `scripts.base_train`, with two things replaced.
 
-Started by `cpu_train.py` in a process whose `nanochat` is the checkout. Where the script evaluates, it scores the
+Started by `train.py` in a process whose `nanochat` is the checkout. Where the script evaluates, it scores the
 rows it was handed instead of its own, by the sums of `nanochat.evaluation.bits_per_byte`; where it would save a
 checkpoint, it does nothing. Model, optimizer, schedules, loader and torch.compile are the peer's, untouched.
 """
@@ -32,10 +32,11 @@ def make_scorer(folder: Path, device_batch_size: int) -> Callable[..., float]:
             return math.nan
         # Uncompiled, so that no time goes into compiling a second graph.
         eager = model._orig_mod
+        device = next(eager.parameters()).device
         nats = num_bytes = 0.0
-        for rows_BT1 in torch.split(rows_NT, device_batch_size):
+        for rows_BT1 in torch.split(rows_NT.to(device), device_batch_size):
             targets_BT = rows_BT1[:, 1:].contiguous()
-            weights_BT = bytes_of_token[targets_BT]
+            weights_BT = bytes_of_token.to(device)[targets_BT]
             losses_BT = eager(rows_BT1[:, :-1].contiguous(), targets_BT, loss_reduction="none").view_as(targets_BT)
             nats += float((losses_BT.double() * (weights_BT > 0)).sum())
             num_bytes += float(weights_BT.sum())
