@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ for name in [name for name in os.environ if name.startswith(FOREIGN)]:
 # Where tests compare runs to the bit, the number of threads must not depend on the machine. Nobody's W&B is filled,
 # and measuring the machine for it would take seconds at the end of each run.
 os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_X_DISABLE_STATS": "true"}
+# A shell has what it starts in its background ignore Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCAB_SIZE = 320
 

@@ -25,6 +25,7 @@ from typing import Any
 
 # What nearly every test module imports, so that ranks need not.
 PRELOADED = ["torch", "torch.distributed", "pytest", "hypothesis"]
+LAST_WORDS_SECONDS = 3.0
 
 
 class RankFailedError(AssertionError):
@@ -90,7 +91,7 @@ def _collect(receivers: list[Any], processes: list[Any], timeout_s: float) -> li
                 (results if succeeded else failures)[rank] = value
         if failures:
             # The others may wait for ever, or fail because this one did: hear them out, then stop.
-            deadline = min(deadline, time.monotonic() + 0.5)
+            deadline = min(deadline, time.monotonic() + LAST_WORDS_SECONDS)
     if failures:
         raise RankFailedError("\n".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures)))
     if waiting:

@@ -35,6 +35,8 @@ def test_value_embeddings_alternate_and_end_on_the_last_layer() -> None:
         ({"num_steps": 0}, "would train nothing"),
         ({"target_flops": -1.0}, "would train nothing"),
         ({"keep_checkpoints": 1}, "--keep-checkpoints 2 or more"),
+        ({"seed": -1}, "--seed a number from 0"),
+        ({"seed": 10**20}, "--seed a number from 0"),
         ({"lanes": 0}, "--lanes 1 or more"),
     ],
 )

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and manifests catch every change."""
 
+import errno
 import json
 import os
 import signal
@@ -174,3 +175,18 @@ def test_a_linked_folder_is_in_use_under_all_its_names(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with use_folders("a run", tmp_path / "link"):
         assert len(leases(tmp_path / "real")) == len(leases(tmp_path / "link")) == 1
+
+
+def test_a_disk_that_is_full_is_told_with_the_file(tmp_path: Path) -> None:
+    def write() -> None:
+        with whole_file(tmp_path / "shard"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/shard'"):
+        write()
+
+
+def test_a_file_in_place_of_a_folder_has_no_manifest(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("no folder")
+    with pytest.raises(DataError, match=r"notes/manifest\.json is missing"):
+        read_json(tmp_path / "notes" / "manifest.json", "make it")

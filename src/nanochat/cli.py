@@ -6,12 +6,16 @@ on a slow login node.
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
 from nanochat.commands import COMMANDS
-from nanochat.errors import ExitCode, LostRankError, NanochatError, StopSignal
+from nanochat.errors import ExitCode, LostRankError, NanochatError, StoppedWithMainError, StopSignal
 from nanochat.training.stopping import received, stops_at_once
+
+# Rank 0 has nothing left to do but to write its message.
+SECONDS_FOR_MAIN = 2.0
 
 SUMMARY = "From raw text to a chat model you trained yourself."
 
@@ -61,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             print(f"nanochat: {error}", file=sys.stderr, flush=True)
             code = error.exit_code
+        if isinstance(error, StoppedWithMainError):
+            # A launcher ends all ranks as soon as one has ended, and rank 0 is still saying why it failed.
+            time.sleep(SECONDS_FOR_MAIN)
     except KeyboardInterrupt:
         print("nanochat: interrupted; the same command carries on", file=sys.stderr, flush=True)
         code = 128 + 2

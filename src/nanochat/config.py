@@ -14,6 +14,8 @@ Variant = Literal["modern", "classic"]
 Remainders = Literal["keep", "drop"]
 StageName = Literal["corpus", "tokenizer", "tokenize", "base", "mid", "sft", "eval", "report"]
 ALL_STAGES: tuple[StageName, ...] = get_args(StageName)
+# What torch.manual_seed takes.
+LARGEST_SEED = 2**63 - 1
 
 
 def stage_names(values: Sequence[str]) -> tuple[StageName, ...]:
@@ -245,6 +247,7 @@ class TrainBaseConfig(MachineConfig):
         )
         _check_counts(self, "device_batch_size", "sequence_len", "lanes", "pool_size", "log_every", "eval_tokens")
         _check_keep(self.keep_checkpoints)
+        _check_seed(self.seed)
 
     @property
     def tag(self) -> str:
@@ -307,6 +310,7 @@ class TrainChatConfig:
         _check_horizon({"--num-steps": self.num_steps, "--target-epochs": self.target_epochs})
         _check_counts(self, "device_batch_size", "lanes", "pool_size", "log_every", "eval_tokens")
         _check_keep(self.keep_checkpoints)
+        _check_seed(self.seed)
         if not self.tasks:
             raise UsageError("there are no --tasks: nothing would be trained", "for example --tasks smoltalk gsm8k")
         for flag, value in {"--lr-fraction": self.lr_fraction, "--batch-fraction": self.batch_fraction}.items():
@@ -400,6 +404,11 @@ def _check_keep(keep_checkpoints: int) -> None:
             f"--keep-checkpoints is {keep_checkpoints}: if the newest is damaged nothing is left",
             "give --keep-checkpoints 2 or more",
         )
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UsageError(f"--seed is {seed}", f"give --seed a number from 0 to {LARGEST_SEED}")
 
 
 # The demo trains in three minutes on two cores, so it is set for what a small model learns in few tokens: a small

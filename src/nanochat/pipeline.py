@@ -207,6 +207,26 @@ def build_stages(
         folder = checkpoint_folder(workspace.root / outputs["checkpoints"], outputs["steps"])
         return is_intact(folder, CHECKPOINT_KIND, outputs["fingerprint"])
 
+    def conversations_at_hand() -> dict[ChatStage, str]:
+        """The conversations that can become tokens along with the text, so that no node with GPUs does that.
+
+        Those of the stages to come whose data are here; of all of them where a run only prepares.
+        """
+        found: dict[ChatStage, str] = {}
+        chats: dict[ChatStage, TrainChatConfig] = {"mid": config.mid, "sft": config.sft}
+        for name, chat in chats.items():
+            if name in stages or "base" not in stages:
+                with suppress(DataError):
+                    found[name] = mixture_fingerprint(chat.tasks, workspace.task_data)
+        return found
+
+    def run_tokenize() -> dict[str, Any]:
+        outputs = tokenize_stage(workspace, config.workers)
+        for name in conversations_at_hand():
+            tasks = (config.mid if name == "mid" else config.sft).tasks
+            conversations_stage(name, tasks, config.base.sequence_len, workspace, Console())
+        return outputs
+
     def run_base() -> dict[str, Any]:
         # Found now, not when the hours of training before it are over.
         run_on_main(lambda: check_world_size(config, stages, workspace, runtime.world_size))
@@ -253,8 +273,13 @@ def build_stages(
         ),
         PipelineStage(
             "tokenize",
-            inputs=lambda: {"corpus": corpus(), "tokenizer": tokenizer()},
-            run=lambda: tokenize_stage(workspace, config.workers),
+            inputs=lambda: {
+                "corpus": corpus(),
+                "tokenizer": tokenizer(),
+                "conversations": conversations_at_hand(),
+                "sequence_len": config.base.sequence_len,
+            },
+            run=run_tokenize,
             intact=made(workspace.tokens, "tokens"),
         ),
         PipelineStage(

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -55,7 +56,7 @@ from texts import small_texts
 ROOT = Path(__file__).parents[2]
 GENERATOR = runpy.run_path(str(ROOT / "docs" / "generate_preflight_reference.py"))
 KEY = "0123456789abcdef0123456789abcdef01234567"
-ENVIRONMENT = {"HOME": "/home/me"}
+ENVIRONMENT = {"HOME": tempfile.gettempdir()}
 
 BASE = TrainBaseConfig(
     depth=2, aspect_ratio=16, head_dim=16, sequence_len=64, num_steps=12, total_batch_size=512, lanes=8

@@ -4,13 +4,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hub_server import HubServer, hub_server
-from nanochat.corpus.fetch import Advance, Remote, fetch, in_parallel, path_inside, url_remote
+from nanochat.corpus import fetch as fetching
+from nanochat.corpus.fetch import Advance, LostError, Patience, Remote, fetch, in_parallel, path_inside, url_remote
 from nanochat.errors import DataError, NanochatError, UsageError
 
 
@@ -68,6 +70,25 @@ def test_a_server_that_asks_for_time_gets_it(server: HubServer) -> None:
         url_remote(f"{server.endpoint}/files/a", "a")
     # It is not asked again before it wants to be, and nobody waits a minute for a first answer.
     assert len(server.requests) == 1
+
+
+def test_a_server_that_was_lost_is_asked_less_and_less_often_until_patience_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, asked = [0.0], []
+    passes = SimpleNamespace(monotonic=lambda: clock[-1], sleep=lambda seconds: clock.append(clock[-1] + seconds))
+    monkeypatch.setattr(fetching, "time", passes)
+    patience = Patience(100.0)
+    patience.renew()
+
+    def ask_for_ever() -> None:
+        while True:
+            asked.append(clock[-1])
+            patience.wait(LostError("lost", "again"))
+
+    with pytest.raises(LostError):
+        ask_for_ever()
+    assert asked == [0, 0.5, 1.5, 3.5, 7.5, 15.5, 31.5, 61.5, 91.5]
 
 
 def test_a_wrong_patience_is_said(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

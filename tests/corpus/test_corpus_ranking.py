@@ -86,6 +86,7 @@ some_numbers = st.one_of(
 @settings(max_examples=25, **ANY)
 @given(values=some_numbers, top=st.floats(0.01, 1), descending=st.booleans(), cut=st.integers(0, 40))
 @example(values=[0.0, -0.0, math.inf, -math.inf, math.nan, None, -1.5], top=0.5, descending=False, cut=3)
+@example(values=[0.0, -0.0], top=0.5, descending=False, cut=3)
 def test_exactly_the_best_are_kept_whatever_the_numbers_and_however_files_divide_them(
     tmp_path: Path, values: list[Any], top: float, descending: bool, cut: int
 ) -> None:
@@ -106,13 +107,14 @@ def test_exactly_the_best_are_kept_whatever_the_numbers_and_however_files_divide
         validation_rows=1,
         seed=0,
     )
-    total, kept = read_keys(preparation, ranking, 1, SILENT)
+    total, kept, unscored = read_keys(preparation, ranking, 1, SILENT)
     masks = [preparation.choice.of_file(index, file) for index, file in enumerate(preparation.source.files)]
     sizes = [min(cut, len(values)), max(0, len(values) - cut)]
     chosen = [row for mask, size in zip(masks, sizes) for row in mask(0, size).tolist()]
     best = order_of(values, descending)[: max(1, round(top * len(values)))]
     assert [row for row, is_chosen in enumerate(chosen) if is_chosen] == sorted(best)
     assert (total, kept) == (len(values), len(best))
+    assert unscored == sum(values[row] is None or math.isnan(values[row]) for row in best)
 
 
 def test_small_steps_in_memory_change_nothing(fat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fat_corpus import COLUMNS, SILENT, run_killed, shard_bytes, shard_rows, source_rows, write_fat_corpus, write_rows
 from nanochat.corpus.preparation import Preparation, complete, finished_manifest, make_part
 from nanochat.corpus.sampling import Draw, prepare_subset
-from nanochat.corpus.shards import open_corpus
+from nanochat.corpus.shards import open_corpus, read_texts, write_corpus
 from nanochat.corpus.sources import SourceFile, SourceRequest
 from nanochat.errors import UsageError
 
@@ -128,6 +128,21 @@ def test_parts_in_any_order_and_any_row_groups_give_the_same_bytes(
     assert shard_bytes(folder / "c") == shard_bytes(expected)
 
 
+@pytest.mark.parametrize("copies", [2, 12])
+def test_a_corpus_full_of_copies_keeps_nine_tenths_for_training(tmp_path: Path, copies: int) -> None:
+    texts = [f"text {number}" for number in range(200)]
+    for copy in range(copies):
+        write_rows(tmp_path / "source" / f"{copy:02}.parquet", pa.table({"text": texts}), 50)
+    request = SourceRequest(place=str(tmp_path / "source"))
+    layout = {"rows_per_shard": 10**4, "validation_rows": 10_000, "seed": 1}
+    subset = prepare_subset(tmp_path / "c", request, ratio=1.0, columns=("text",), **layout)
+    manifest = complete(subset, 1, SILENT)
+    write_corpus(tmp_path / "local", texts * copies, source={}, **layout)
+    assert manifest["totals"]["val"]["rows"] == 20 * copies
+    both = [sorted(read_texts(tmp_path / name, "val", "")) for name in ("c", "local")]
+    assert both[0] == both[1]
+
+
 def test_several_workers_give_the_same_bytes_and_manifest(fat: Path, tmp_path: Path) -> None:
     one = complete(prepared(tmp_path / "one", fat), 1, SILENT)
     two = complete(prepared(tmp_path / "two", fat), 2, SILENT)
@@ -144,6 +159,13 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(fat: Path, tmp_path: P
     assert run_killed(interrupted, None) == 0
     assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_what_stands_in_the_way_of_a_corpus_is_told_without_internals(fat: Path, tmp_path: Path) -> None:
+    complete(prepared(tmp_path / "c", fat), 1, SILENT)
+    with pytest.raises(UsageError, match=r"another corpus .*name=subset .*--output.*--force") as caught:
+        finished_manifest(prepared(tmp_path / "c", fat, seed=9), force=False)
+    assert "{" not in str(caught.value)
 
 
 def test_what_is_there_already_is_kept_and_another_corpus_never_replaced_unasked(fat: Path, tmp_path: Path) -> None:

@@ -206,6 +206,22 @@ def test_a_place_that_is_none_is_one_line(tmp_path: Path, place: str, message: s
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_no_parquet_is_named_itself(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no parquet")
+    with pytest.raises(UsageError, match=r"notes\.txt holds no \.parquet files"):
+        SourceRequest(place=str(tmp_path / "notes.txt")).list()
+
+
+def test_texts_in_another_column_are_told_how_to_be_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"content": ["a text"]}), tmp_path / "a.parquet")
+    source = SourceRequest(place=str(tmp_path)).list()
+    with (
+        pytest.raises(UsageError, match=r"no column 'text' \(it has: content\).*data local FOLDER --text-column"),
+        open_parquet(source, source.files[0], ("text",), tmp_path / "scratch"),
+    ):
+        pass
+
+
 def test_a_missing_column_is_told_with_those_that_are_there(fat: Path, tmp_path: Path) -> None:
     source = SourceRequest(place=str(fat / NAME)).list()
     with (

@@ -50,8 +50,10 @@ def test_no_workers_are_refused() -> None:
 
 
 SLEEPER = """
-import sys, time
+import signal, sys, time
 sys.path.insert(0, sys.argv[1])
+# A job in the background is started deaf to it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from nanochat.corpus.workers import run_tasks
 
 if __name__ == "__main__":
@@ -59,19 +61,35 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+def sleeping(tmp_path: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A process whose two workers sleep, alone in a process group, and all that it has started."""
     script = tmp_path / "sleeper.py"
     script.write_text(SLEEPER)
-    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], start_new_session=True)
+    command = [sys.executable, str(script), str(tmp_path)]
+    parent = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    workers: list[psutil.Process] = []
+    children: list[psutil.Process] = []
     # Two workers and the process that tracks their semaphores.
-    while len(workers) < 3 and time.monotonic() < deadline:
+    while len(children) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-        workers = psutil.Process(parent.pid).children()
+        children = psutil.Process(parent.pid).children()
     # Until they sleep, and so are past their start.
     time.sleep(1.0)
+    return parent, children
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    parent, children = sleeping(tmp_path)
     parent.kill()
-    parent.wait()
-    _, alive = psutil.wait_procs(workers, timeout=30)
+    parent.communicate()
+    _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == []
+
+
+def test_ctrl_c_ends_workers_amid_their_tasks_and_none_has_anything_to_say(tmp_path: Path) -> None:
+    parent, children = sleeping(tmp_path)
+    os.killpg(parent.pid, signal.SIGINT)
+    errors = parent.communicate(timeout=30)[1]
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+    assert errors.count("Traceback") == errors.count("KeyboardInterrupt") == 1

@@ -25,6 +25,13 @@ def test_runs_are_named_by_experiment_arm_model_and_seed(tmp_path: Path) -> None
     assert experiment.run_name(experiment.arms["clean"], 2) == "toy-clean-d1-s2"
 
 
+def test_a_file_from_windows_says_the_same(tmp_path: Path) -> None:
+    file = write_file(tmp_path)
+    as_written = read_experiment(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_experiment(file) == as_written
+
+
 def test_only_what_differs_says_so_differs(tmp_path: Path) -> None:
     arms = ARMS + "[arms.noisy.differs]\nweight_decay = 0.5\n[arms.noisy.differs.sft]\nlr_fraction = 0.5\n"
     experiment = read_experiment(write_file(tmp_path, arms=arms))
@@ -48,9 +55,12 @@ def test_commands_that_make_data_may_be_pasted_as_they_are_typed(tmp_path: Path)
         ("seeds = [1, 2]", "seeds = [1, 1]", "different whole numbers"),
         ("seeds = [1, 2]", 'seeds = ["1"]', "seeds is '1' — give a whole number"),
         ("seeds = [1, 2]", "seeds = []", "different whole numbers"),
+        ("seeds = [1, 2]", "seeds = [100000000000000000000]", "different whole numbers from 0 to"),
         ("seeds = [1, 2]", 'seed = 1\nbudget = "smallest"', "there is no seed — did you mean seeds"),
         ("seeds = [1, 2]", 'budget = "largest"', "budget is 'largest'"),
         ("seeds = [1, 2]", "budget = { tokens = 0 }", "budget is"),
+        ("seeds = [1, 2]", "budget = { epochs = inf }", "budget is"),
+        ("seeds = [1, 2]", "budget = { steps = 0.3 }", "budget is"),
         ("seeds = [1, 2]", 'stages = ["sft"]', "leaves out base"),
         ("seeds = [1, 2]", 'stages = ["base", "eval"]', "eval has no tasks"),
         ("seeds = [1, 2]", 'stages = ["base", "stf"]', "stages is 'stf' — give 'base' or 'mid'"),
@@ -61,6 +71,11 @@ def test_commands_that_make_data_may_be_pasted_as_they_are_typed(tmp_path: Path)
         ("depth = 1", "num_steps = 10", "settings.num_steps is not for this table — set the budget"),
         ("depth = 1", 'dtype = "float32"', "--dtype"),
         ("device_batch_size = 8", "device_batch_size = 0", "--device-batch-size is 0"),
+        ("total_batch_size = 256", "total_batch_size = 500", "toml: --total-batch-size 500 is not a whole number"),
+        ("depth = 1", "depth = 0", "toml: a model of depth 0"),
+        ("vocab_size = 300", "vocab_size = 10", "vocabulary size 10 is out of range"),
+        ("vocab_size = 300", "vocab_size = 300\nshares = { clean = nan }", "no positive sum"),
+        ('data = "noisy"', "prepare = [\"nanochat data local 'x\"]", "no command line (No closing quotation)"),
         (
             "vocab_size = 300",
             "vocab_size = 300\nshares = { clena = 1 }",

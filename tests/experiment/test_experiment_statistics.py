@@ -77,6 +77,12 @@ def test_arms_without_common_seeds_get_welch_s_interval(a: list[float], b: list[
     assert narrow * error - 1e-12 <= found.half_width <= wide * error + 1e-12
 
 
+def test_the_noisy_one_of_two_arms_decides_how_sure_welch_is() -> None:
+    noisy = [0.0, 5.0, 10.0]
+    found = difference({1: 1.0, 2: 1.001}, dict(enumerate(noisy, start=100)))
+    assert found.half_width == pytest.approx(student_quantile(2) * math.sqrt(statistics.variance(noisy) / 3), rel=1e-6)
+
+
 def test_intervals_hold_the_truth_nineteen_times_of_twenty() -> None:
     draw = random.Random(1)
     held = 0

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -19,6 +19,7 @@ from nanochat.model.loss import softcap, softcapped_cross_entropy, softcapped_to
     scale=st.sampled_from([0.1, 5.0, 200.0]),
     seed=st.integers(0, 1000),
 )
+@example(rows=1, time=4, vocab=5, chunk=1, ignored=0.0, scale=200.0, seed=2)
 def test_loss_and_gradients_equal_the_plain_composition(
     rows: int, time: int, vocab: int, chunk: int, ignored: float, scale: float, seed: int
 ) -> None:
@@ -36,8 +37,9 @@ def test_loss_and_gradients_equal_the_plain_composition(
     gradients = torch.autograd.grad(3 * loss, (hidden, head))
 
     assert_close(loss, plain, rtol=1e-4, atol=1e-5)
+    # Where the cap is reached its slope is the rounding of 1 − 1, and that of a hidden state is multiplied by the head.
     for gradient, expected in zip(gradients, plain_gradients, strict=True):
-        assert_close(gradient, 3 * expected, rtol=1e-3, atol=1e-4)
+        assert_close(gradient, 3 * expected, rtol=1e-3, atol=1e-4 * max(1, scale / 20))
     token_losses = softcapped_token_losses(hidden, head, targets)
     assert_close(token_losses.sum(), plain.detach(), rtol=1e-4, atol=1e-5)
 

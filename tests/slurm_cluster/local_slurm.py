@@ -71,12 +71,16 @@ class SlurmCluster:
         self.start_controller()
         for node in NODES:
             self.boot(node)
-        self.wait_until(lambda: self.states() == dict.fromkeys(NODES, "idle"), "every node is idle", seconds=60)
+        self.wait_for_nodes()
 
     def start_controller(self) -> None:
-        """Start slurmctld, which remembers the jobs that it knew."""
+        """Start slurmctld, which remembers the jobs that it knew, and learns again how its nodes are."""
         self._start("slurmctld", CONTROLLER, "slurmctld", "-D")
         self.wait_until(lambda: self._ask("scontrol", "ping").returncode == 0, "slurmctld answers", seconds=60)
+
+    def wait_for_nodes(self) -> None:
+        """Wait until every node is idle. Until then `sbatch` may say that it does not have what is asked for."""
+        self.wait_until(lambda: self.states() == dict.fromkeys(NODES, "idle"), "every node is idle", seconds=60)
 
     def stop_controller(self) -> None:
         """End slurmctld at once. Jobs run on."""

@@ -119,6 +119,7 @@ def test_a_controller_that_does_not_answer(account: Account) -> None:
         done = account.try_to_submit("speedrun", "--gpus", "0", "--", *SHORT, **RIGHT)
     finally:
         account.cluster.start_controller()
+        account.cluster.wait_for_nodes()
     assert done.returncode == 3
     assert "the controller does not answer" in done.stderr
     assert account.cluster.jobs() == []

@@ -31,8 +31,9 @@ def test_answers_spell_the_word_and_count_the_letter_asked_for(split: Split) -> 
     assert 0.4 < counted / len(words(split)) < 0.6
 
 
-def test_the_splits_have_4000_and_400_words_and_share_none() -> None:
-    assert (len(set(words("train"))), len(set(words("test")))) == (4000, 400)
+def test_the_splits_share_no_word_and_have_enough_whatever_the_release_of_python() -> None:
+    assert len(set(words("test"))) == 400
+    assert 3500 <= len(set(words("train"))) <= 4000
     assert not set(words("train")) & set(words("test"))
 
 

@@ -69,6 +69,11 @@ def test_without_our_metrics_a_later_segment_replaces_what_it_repeats(tmp_path):
     assert runtimes == sorted(runtimes)
 
 
+def test_without_our_metrics_what_came_after_the_step_of_a_restart_is_gone(tmp_path):
+    paths = segment(tmp_path, 1, range(10)), segment(tmp_path, 2, range(5, 7))
+    assert losses(merge(Source("a-base", paths))) == {step: loss(step) for step in range(7)}
+
+
 def test_steps_that_a_trainer_did_not_tell_are_counted_on(tmp_path):
     first = segment(tmp_path, 1, range(4), explicit=False)
     second = segment(tmp_path, 2, range(4, 6), explicit=False, own_steps=[0, 1])

@@ -178,8 +178,10 @@ def rank(
         seed=seed,
     )
     if finished_manifest(preparation, force) is None:
-        rows, kept = read_keys(preparation, ranking, workers, Console().progress)
+        rows, kept, unscored = read_keys(preparation, ranking, workers, Console().progress)
         print(f"keeping {kept:,} of {rows:,} rows", flush=True)
+        if unscored:
+            Console().warning(f"{unscored:,} of these have no number in {by.split(',')[0]!r}: they come last")
     _complete_corpus(preparation, workers, force)
 
 
@@ -384,6 +386,7 @@ def inspect(folder: Annotated[Positional[Path | None], arg(metavar="[FOLDER]")] 
         samples: how many texts to show.
     """
     from nanochat.corpus import inspection
+    from nanochat.corpus.shards import say_source
     from nanochat.tracking.console import Console, format_bytes, format_count
 
     folder = folder or Workspace.from_environment().base_data
@@ -392,8 +395,7 @@ def inspect(folder: Annotated[Positional[Path | None], arg(metavar="[FOLDER]")] 
     rows, size = format_count(sum(found.rows.values())), format_bytes(sum(found.bytes.values()))
     print(f"{folder}: {len(found.rows)} files, {rows} rows, {size}{tokens}")
     if found.manifest is not None:
-        source = " ".join(f"{key}={value}" for key, value in found.manifest.get("source", {}).items())
-        print(f"manifest: fingerprint {found.manifest.get('fingerprint')}, source {source or 'unknown'}")
+        print(f"manifest: fingerprint {found.manifest.get('fingerprint')}, source {say_source(found.manifest)}")
     for lease in found.leases:
         print(f"in use by {lease}{', which is gone' if lease.is_stale else ''}")
     groups = sorted(found.groups.values())

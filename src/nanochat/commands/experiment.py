@@ -29,7 +29,7 @@ def plan(file: Positional[Path], /, *, json: bool = False) -> None:
     for problem in made.problems:
         print(f"problem: {problem}", file=sys.stderr)
     if made.problems:
-        raise PreflightError(f"{file}: {len(made.problems)} problems, as above", "mend them, and look again")
+        raise PreflightError(f"{file} cannot be run as it is: see the problems above", "mend them, and look again")
     if json:
         print(dumps(as_json(experiment), indent=2))
 

@@ -12,7 +12,7 @@ from nanochat.corpus.fetch import Advance, in_parallel, matches
 from nanochat.corpus.hub import HubRepository, download_from, open_repository
 from nanochat.corpus.preparation import Preparation, Watch, prepare
 from nanochat.corpus.sampling import Draw
-from nanochat.corpus.shards import TEXT_COLUMN, Split, corpus_totals, describe_shard, open_corpus, shard_name
+from nanochat.corpus.shards import TEXT_COLUMN, Split, corpus_totals, describe_shard, open_corpus, say_source, shard_name
 from nanochat.corpus.sources import AZURE_SCHEME, Source, SourceRequest
 from nanochat.errors import DataError, NanochatError, UsageError
 from nanochat.files import MANIFEST_NAME, lock_folder, read_manifest, refuse_if_used, write_manifest
@@ -189,10 +189,11 @@ def _present(folder: Path, name: str, revision: str) -> dict[str, Any] | None:
     """The manifest of what was downloaded of this set before, if the files it lists are there."""
     if not (folder / MANIFEST_NAME).is_file():
         return None
-    source = read_manifest(folder, "corpus", f"rm -r {folder}, then run this again").get("source", {})
+    manifest = read_manifest(folder, "corpus", f"rm -r {folder}, then run this again")
+    source = manifest.get("source", {})
     if source.get("name") != name or revision not in ("main", source.get("revision")):
         raise UsageError(
-            f"{folder} already holds another corpus (from {source})",
+            f"{folder} already holds another corpus (from {say_source(manifest)})",
             f"set NANOCHAT_BASE_DIR to another folder, or remove this corpus: rm -r {folder}",
         )
     try:

@@ -291,12 +291,12 @@ def finished_manifest(preparation: Preparation, force: bool) -> dict[str, Any] |
     """
     try:
         found = existing_manifest(preparation.folder, preparation.identity)
-    except (UsageError, DataError):
-        if not force:
-            if not _has_begun(preparation.work):
-                shutil.rmtree(preparation.work, ignore_errors=True)
-            raise
-        return None
+    except (UsageError, DataError) as error:
+        if force:
+            return None
+        if not _has_begun(preparation.work):
+            shutil.rmtree(preparation.work, ignore_errors=True)
+        raise type(error)(error.what, "choose another --output, or replace it: the same with --force") from None
     if found is not None:
         shutil.rmtree(preparation.work, ignore_errors=True)
     return found
@@ -591,11 +591,10 @@ def _plan_shards(preparation: Preparation, receipts: list[dict[str, Any]]) -> li
 
 def _validation_set(preparation: Preparation, total: int) -> Array:
     """Piece, row and digest of the rows of the validation set, in its order: by digest, copies by their place."""
-    limit = min(preparation.validation_rows, max(1, int(total * LARGEST_VALIDATION_SHARE)))
     smallest = np.zeros(0, np.uint64)
     paths = [preparation.piece(index).with_suffix(".candidates.npy") for index in range(len(preparation.source.files))]
     for path in paths:
-        smallest = np.unique(np.concatenate([smallest, np.load(path)[0]]))[:limit]
+        smallest = np.unique(np.concatenate([smallest, np.load(path)[0]]))[: preparation.validation_rows]
     found = []
     for index, path in enumerate(paths):
         digests, rows = np.load(path)
@@ -604,7 +603,11 @@ def _validation_set(preparation: Preparation, total: int) -> Array:
         members["piece"], members["row"], members["digest"] = index, rows[chosen], digests[chosen]
         found.append(members)
     together = np.concatenate(found)
-    return together[np.argsort(together["digest"], kind="stable")]
+    together = together[np.argsort(together["digest"], kind="stable")]
+    # With their copies, texts may be more than their share. Those cut off are whole texts, and never all of them.
+    ends = np.append(np.flatnonzero(np.diff(together["digest"])) + 1, len(together))
+    fitting = int(np.count_nonzero(ends <= total * LARGEST_VALIDATION_SHARE))
+    return together[: ends[max(1, fitting) - 1]]
 
 
 def _ranges(starts: Array, first: int, last: int) -> tuple[tuple[int, int, int], ...]:

@@ -134,7 +134,7 @@ def prepare_ranking(
     return preparation, ranking
 
 
-def read_keys(preparation: Preparation, ranking: Ranking, workers: int | None, watch: Watch) -> tuple[int, int]:
+def read_keys(preparation: Preparation, ranking: Ranking, workers: int | None, watch: Watch) -> tuple[int, int, int]:
     """Read the quality columns and decide which rows are kept, or their order.
 
     Args:
@@ -142,7 +142,8 @@ def read_keys(preparation: Preparation, ranking: Ranking, workers: int | None, w
         watch: shown how far it is.
 
     Returns:
-        How many rows there are, and how many are kept.
+        How many rows there are, how many are kept, and how many of these have no score: a null or NaN in the first
+        column.
 
     Raises:
         UsageError: a column is not there or does not hold numbers.
@@ -157,7 +158,7 @@ def read_keys(preparation: Preparation, ranking: Ranking, workers: int | None, w
     total = sum(rows)
     if ranking.top is None:
         _write_places(ranking, rows)
-        return total, total
+        return total, total, total - _scored(ranking, len(rows))
     kept = max(1, round(ranking.top * total))
     key, wanted = _cut(ranking, len(rows), kept)
     equal_rows = []
@@ -166,7 +167,11 @@ def read_keys(preparation: Preparation, ranking: Ranking, workers: int | None, w
         equal_rows.append(min(equal, wanted))
         wanted -= equal_rows[-1]
     write_json(ranking.cut, {"key": key, "equal_rows": equal_rows})
-    return total, kept
+    return total, kept, max(0, kept - _scored(ranking, len(rows)))
+
+
+def _scored(ranking: Ranking, num_files: int) -> int:
+    return sum(int((keys[0] != LAST).sum()) for keys in _in_chunks(ranking, num_files))
 
 
 def _make_keys(task: _KeyTask) -> int:

@@ -105,9 +105,11 @@ class _ValidationSample:
         for text in texts:
             rows += 1
             yield from self._offer(text)
-        share = max(1, int(rows * LARGEST_VALIDATION_SHARE))
-        while len(self._largest_first) > share:
-            yield from self._evict()
+        held = sum(copies for _, copies in self._copies.values())
+        while len(self._largest_first) > 1 and held > rows * LARGEST_VALIDATION_SHARE:
+            evicted = self._evict()
+            held -= len(evicted)
+            yield from evicted
 
     def texts(self) -> Iterator[str]:
         """The sample in digest order, so that kinds of text stay mixed."""
@@ -159,7 +161,8 @@ def write_corpus(
         texts: the documents. They are not touched if the corpus already exists.
         rows_per_shard: documents in one training shard.
         source: where the texts come from, JSON-able: two equal sources mean the same texts.
-        validation_rows: distinct documents in the validation set, but never more than a tenth of all.
+        validation_rows: distinct documents in the validation set, but, if more than one, with their copies at most a
+            tenth of all.
         seed: chooses another validation set.
         details: more to record, read after the last text, so that whoever yields the texts can count in it.
 
@@ -327,8 +330,14 @@ def existing_manifest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] 
         raise UsageError(f"{folder} already holds something that is not a corpus with a manifest", elsewhere)
     manifest = open_corpus(folder, f"{elsewhere}, then run this again").manifest
     if fingerprint({key: manifest.get(key) for key in identity}) != fingerprint(identity):
-        raise UsageError(f"{folder} already holds another corpus (from {manifest.get('source')})", elsewhere)
+        raise UsageError(f"{folder} already holds another corpus (from {say_source(manifest)})", elsewhere)
     return manifest
+
+
+def say_source(manifest: dict[str, Any]) -> str:
+    """Where the texts of a corpus are from, in a line for people."""
+    known = {key: value for key, value in manifest.get("source", {}).items() if value is not None}
+    return " ".join(f"{key}={value}" for key, value in known.items()) or "unknown"
 
 
 def shard_name(index: int) -> str:

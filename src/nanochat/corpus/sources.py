@@ -34,6 +34,8 @@ REQUEST_BYTES = 2**20
 TAIL_BYTES = 2**16
 FOOTER_END = b"PAR1"
 LISTING_THREADS = 8
+OTHER_COLUMNS = "choose others with --columns, or --by for those to rank by"
+RENAME_TEXT = f"rename the column of texts to {TEXT_COLUMN!r}, or: nanochat data local FOLDER --text-column NAME"
 
 
 @dataclass(frozen=True)
@@ -163,16 +165,16 @@ def _folder_source(place: str, config: str | None, split: str | None) -> Source:
     file_system, root = _file_system(place)
     with _reaching(place):
         found = file_system.find(root, detail=True)
+    asked, sizes = place, {}
     # An address of one file.
     if list(found) == [root]:
         place, root = place.rpartition("/")[0] or ".", root.rpartition("/")[0]
-    sizes = {}
     for path, about in found.items():
         name = path.removeprefix(root).lstrip("/")
         if name.endswith(".parquet") and not any(part.startswith(".") for part in name.split("/")):
             sizes[name] = int(about["size"])
     if not sizes:
-        raise UsageError(f"{place} holds no .parquet files", "name a folder or an address that does with --source")
+        raise UsageError(f"{asked} holds no .parquet files", "name a folder or an address that does with --source")
     names = _chosen(sizes, config, split, place)
 
     def describe(name: str) -> SourceFile:
@@ -333,13 +335,13 @@ def _as_metadata(footer: bytes, where: str) -> pq.FileMetaData:
 
 def _check_columns(metadata: pq.FileMetaData, columns: Sequence[str], where: str) -> None:
     schema = metadata.schema.to_arrow_schema()
-    other = "choose others with --columns"
     for name in columns:
         if name not in schema.names:
+            other = RENAME_TEXT if name == TEXT_COLUMN else OTHER_COLUMNS
             raise UsageError(f"{where} has no column {name!r} (it has: {', '.join(schema.names) or 'none'})", other)
         kind = schema.field(name).type
         if name == TEXT_COLUMN and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UsageError(f"{where}: column {name!r} holds {kind}, not text", other)
+            raise UsageError(f"{where}: column {name!r} holds {kind}, not text", RENAME_TEXT)
 
 
 def _digest(footer: bytes) -> str:

@@ -1,5 +1,6 @@
 """What an experiment will do, and whether its arms can be compared: checked and shown before anything is spent."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,7 +117,7 @@ def _plan_settings(plan: Plan, experiment: Experiment) -> None:
     plan.sort(
         "schedule",
         [
-            f"{arm.warmup_steps} steps up, the last {arm.warmdown_ratio:.0%} down to {arm.final_lr_fraction:.0%}"
+            f"at most {arm.warmup_steps} steps up, the last {arm.warmdown_ratio:.0%} down to {arm.final_lr_fraction:.0%}"
             for arm in arms
         ],
     )
@@ -135,7 +136,7 @@ def _plan_sources(plan: Plan, experiment: Experiment, folder: ExperimentFolder) 
     found = []
     for name, arm in experiment.arms.items():
         if arm.commands and not corpus_of(folder, arm).is_dir():
-            found.append(f"made by {len(arm.commands)} commands")
+            found.append("made by " + " && ".join(shlex.join(words[:2]) for words in arm.commands))
             continue
         try:
             found.append(corpus_fingerprint(corpus_of(folder, arm), f"arms.{name}.data"))

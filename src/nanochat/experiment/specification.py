@@ -6,6 +6,7 @@ plan and of the comparison sees it.
 """
 
 import dataclasses
+import math
 import shlex
 import tomllib
 from collections.abc import Mapping
@@ -15,8 +16,18 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from nanochat.config import EvalConfig, MachineConfig, TokenizerConfig, TrainBaseConfig, TrainMidConfig, TrainSFTConfig
+from nanochat.config import (
+    LARGEST_SEED,
+    EvalConfig,
+    MachineConfig,
+    TokenizerConfig,
+    TrainBaseConfig,
+    TrainMidConfig,
+    TrainSFTConfig,
+)
 from nanochat.errors import UsageError
+from nanochat.tokenizer.train import check_tokenizer_settings
+from nanochat.training.recipe import base_shape, make_recipe
 from nanochat.workspace import SAFE_NAME, Workspace
 
 TrainedStage = Literal["base", "mid", "sft", "eval"]
@@ -225,7 +236,8 @@ def read_experiment(file: Path) -> Experiment:
         UsageError: it is missing, is not TOML, or says something that cannot be done; names the place.
     """
     try:
-        declared = tomllib.loads(file.read_text(encoding="utf-8"))
+        # Editors on Windows put a mark before the first letter.
+        declared = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UsageError(f"{file} is missing", "docs/reference/experiment-file.md shows one") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -241,8 +253,11 @@ def _experiment(file: Path, declared: dict[str, Any]) -> Experiment:
     _check_keys(declared, known, "")
     name = _checked(str, declared.get("name", ""), "name")
     seeds = _checked(tuple[int, ...], declared.get("seeds", [42]), "seeds")
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise UsageError(f"seeds = {list(seeds)} are not different whole numbers from 0", "for example [42, 43, 44]")
+    if not seeds or len(set(seeds)) < len(seeds) or not 0 <= min(seeds) <= max(seeds) <= LARGEST_SEED:
+        raise UsageError(
+            f"seeds = {list(seeds)} are not different whole numbers from 0 to {LARGEST_SEED}",
+            "for example [42, 43, 44]",
+        )
     stages = _checked(tuple[TrainedStage, ...], declared.get("stages", ["base"]), "stages")
     if "base" not in stages:
         raise UsageError("stages leaves out base, which the others follow", 'for example stages = ["base", "sft"]')
@@ -268,6 +283,12 @@ def _experiment(file: Path, declared: dict[str, Any]) -> Experiment:
     validation_tokens = _checked(int, validation.get("tokens", TrainBaseConfig.eval_tokens), "validation.tokens")
     if validation_tokens < 1:
         raise UsageError(f"validation.tokens is {validation_tokens}", "give 1 or more")
+    training = _config(TokenizerConfig, tokenizer, "tokenizer", {})
+    check_tokenizer_settings(**dataclasses.asdict(training))
+    for arm in arms.values():
+        # Any horizon will do: what is wrong with model or batch would else be found after hours of preparation.
+        base = dataclasses.replace(arm.settings.base, num_steps=1)
+        make_recipe(base, base_shape(base, training.vocab_size), 1)
     return Experiment(
         file=file,
         name=name,
@@ -275,7 +296,7 @@ def _experiment(file: Path, declared: dict[str, Any]) -> Experiment:
         budget=_budget(declared.get("budget", "smallest")),
         stages=tuple(stage for stage in get_args(TrainedStage) if stage in stages),
         settings=_settings(shared, "settings"),
-        tokenizer=_config(TokenizerConfig, tokenizer, "tokenizer", {}),
+        tokenizer=training,
         tokenizer_shares=tokenizer_shares,
         validation_shares=_shares(validation.get("shares", {}), tuple(arms), "validation.shares"),
         validation_tokens=validation_tokens,
@@ -296,8 +317,11 @@ def _arm(file: Path, name: str, table: dict[str, Any], shared: dict[str, Any]) -
             f"{where} needs either data or prepare",
             'name a corpus folder, data = "…", or the commands that make one, prepare = ["nanochat data …"]',
         )
-    commands = [shlex.split(line) for line in _checked(tuple[str, ...], table.get("prepare", []), f"{where}.prepare")]
-    commands = [words[1:] if words[:1] == ["nanochat"] else words for words in commands]
+    lines = _checked(tuple[str, ...], table.get("prepare", []), f"{where}.prepare")
+    try:
+        commands = [shlex.split(line.removeprefix("nanochat ")) for line in lines]
+    except ValueError as error:
+        raise UsageError(f"{where}.prepare is no command line ({error})", "close its quotes") from None
     for words in commands:
         if words[:1] != ["data"]:
             raise UsageError(f"{where}.prepare has {shlex.join(words)!r}", "give commands that begin: nanochat data")
@@ -343,8 +367,9 @@ def _budget(declared: Any) -> Budget:
     if isinstance(declared, dict) and len(declared) == 1:
         [(kind, amount)] = declared.items()
         for known in ("epochs", "tokens", "steps"):
-            if kind == known and not isinstance(amount, bool) and isinstance(amount, int | float) and amount > 0:
-                return Budget(known, amount)
+            if kind == known and not isinstance(amount, bool) and isinstance(amount, int | float):
+                if 0 < amount < math.inf and (known == "epochs" or amount == int(amount)):
+                    return Budget(known, amount)
     raise UsageError(f"budget is {declared!r}", 'give "smallest", or { tokens = N }, { steps = N } or { epochs = N }')
 
 
@@ -355,7 +380,7 @@ def _shares(declared: Any, arms: tuple[str, ...], where: str) -> dict[str, float
     _check_keys(declared, arms, where)
     shares = {arm: float(_checked(float, declared.get(arm, 0 if declared else 1), f"{where}.{arm}")) for arm in arms}
     total = sum(shares.values())
-    if min(shares.values()) < 0 or total <= 0:
+    if min(shares.values()) < 0 or not 0 < total < math.inf:
         raise UsageError(f"{where} has no positive sum or a negative share", "give every arm 0 or more")
     return {arm: share / total for arm, share in shares.items() if share > 0}
 

@@ -5,22 +5,20 @@ A rerun checks finished shards against their receipts and makes only what is mis
 the same bytes, however often it was interrupted and however many processes took part.
 """
 
-import multiprocessing
 import re
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanochat.corpus.shards import TEXT_COLUMN, open_corpus, read_column
-from nanochat.errors import DataError, NanochatError, UsageError
+from nanochat.corpus.workers import run_tasks
+from nanochat.errors import DataError, UsageError
 from nanochat.files import (
     MANIFEST_NAME,
     read_json,
@@ -247,23 +245,11 @@ def _receipts(
         for task in tasks:
             yield task, tokenize_shard(task, tokenizer)
         return
-    # `spawn`, because the caller may have threads that a fork would copy in an undefined state.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context) as pool:
-        try:
-            futures = {pool.submit(_tokenize_in_worker, task, tokenizer_folder): task for task in tasks}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise NanochatError(
-                f"a worker that tokenised {tasks[0].corpus_folder} was killed, most often for lack of memory",
-                "run the same command with fewer --workers; finished shards are kept",
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    work = partial(_tokenize_in_worker, tokenizer_folder)
+    yield from run_tasks(work, tasks, num_workers, f"tokenised {tasks[0].corpus_folder}")
 
 
-def _tokenize_in_worker(task: ShardTask, tokenizer_folder: Path) -> dict[str, Any]:
+def _tokenize_in_worker(tokenizer_folder: Path, task: ShardTask) -> dict[str, Any]:
     return tokenize_shard(task, _tokenizer_of_worker(tokenizer_folder))
 
 

@@ -20,6 +20,7 @@ from nanochat.tracking.plots import COLOURS, Panel, plot_panels
 from nanochat.tracking.runs import METRICS_NAME, RunRecord
 
 PAGE_NAME = "index.html"
+LARGEST_SPELT_OUT = 10**12
 
 AXES = {"step": "steps", "tokens": "training tokens", "flops": "training FLOPs", "seconds": "seconds in steps"}
 CURVES = {
@@ -207,10 +208,16 @@ def _table(labels: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
 
     def line(name: str, cells: Sequence[object], tag: str) -> str:
-        shown = [f"{cell:.5g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in cells]
-        return (
-            f"<tr><th>{html.escape(name)}</th>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in shown)}</tr>"
-        )
+        shown = "".join(f"<{tag}>{html.escape(_cell(cell))}</{tag}>" for cell in cells)
+        return f"<tr><th>{html.escape(name)}</th>{shown}</tr>"
 
     body = [line(name, [values.get(label) for label in labels], "td") for name, values in rows.items()]
     return f"<table>{line('', labels, 'th')}{''.join(body)}</table>"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) >= LARGEST_SPELT_OUT):
+        return f"{value:.5g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "" if value is None else str(value)

@@ -70,6 +70,7 @@ def plot_panels(path: Path, panels: Sequence[Panel]) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -79,7 +80,9 @@ def plot_panels(path: Path, panels: Sequence[Panel]) -> None:
         # Titles come from users: a "$" in one is a dollar, not a formula. Chunks keep Agg from giving up on
         # very long noisy curves.
         matplotlib.rcParams.update({"text.parse_math": False, "agg.path.chunksize": 10_000})
-        figure = Figure(figsize=(8 * columns, 4.5 * rows), dpi=120, layout="constrained")
+        # In inches; matplotlib's own padding leaves labels at the very edge.
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+        figure = Figure(figsize=(8 * columns, 4.5 * rows), dpi=120, layout=layout)
         FigureCanvasAgg(figure)
         for place, panel in enumerate(panels, start=1):
             _draw(figure.add_subplot(rows, columns, place), panel)
