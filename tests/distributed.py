@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -138,6 +139,8 @@ def _rank_main(
         dist.destroy_process_group()
     except BaseException:
         answer = (False, traceback.format_exc())
+    # Whoever has the answer kills this process, and what it has not written out is lost.
+    sys.stdout.flush()
     # Plain pickle copies tensors; that of multiprocessing would share memory that ends with this process.
     sender.send_bytes(pickle.dumps(answer))
 

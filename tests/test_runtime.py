@@ -95,6 +95,7 @@ def slow_work() -> str:
 
 def wait_for_main() -> tuple[object, float]:
     runtime_module.SECONDS_BETWEEN_SIGNS = 0.2
+    dist.barrier()
     started = time.monotonic()
     result = run_on_main(slow_work)
     return result, time.monotonic() - started
@@ -103,7 +104,8 @@ def wait_for_main() -> tuple[object, float]:
 def test_ranks_wait_for_work_of_rank_0_beyond_any_one_signal() -> None:
     results = run_distributed(wait_for_main, 3)
     assert [result for result, _ in results] == ["made", None, None]
-    assert all(seconds >= 0.9 for _, seconds in results)
+    # Longer than one sign, and by far less than the work, as a rank may come late.
+    assert all(seconds >= 0.4 for _, seconds in results)
 
 
 def main_fails() -> str:

@@ -189,9 +189,9 @@ def test_a_folder_is_judged_by_its_nearest_parent_and_by_its_room(tmp_path: Path
     assert check_folder("cache", new, "fix").state == "OK"
     assert "not made yet" in check_folder("cache", new, "fix").text
     assert not new.parent.exists()
-    assert check_folder("cache", tmp_path, "fix", enough=2**60) == Finding(
-        "cache", f"{tmp_path}: {format_bytes(shutil.disk_usage(tmp_path).free)} free", "PROBLEM", "fix"
-    )
+    free = format_bytes(shutil.disk_usage(tmp_path).free)
+    little = f"{tmp_path}: {free} free, too little for the {format_bytes(2**60)} that may be needed"
+    assert check_folder("cache", tmp_path, "fix", enough=2**60) == Finding("cache", little, "PROBLEM", "fix")
     assert check_folder("cache", tmp_path, "fix", at_ease=2**60).state == "note"
     (tmp_path / "file").touch()
     wrong = check_folder("cache", tmp_path / "file" / "below", "fix", unusable="note")

@@ -161,6 +161,16 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(fat: Path, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
+def test_force_replaces_a_corpus_and_nothing_else(fat: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "precious").write_text("years of work")
+    with pytest.raises(UsageError, match=r"not a corpus with a manifest — choose another --output$"):
+        finished_manifest(prepared(tmp_path / "home", fat), force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    complete(prepared(tmp_path / "c", fat), 1, SILENT)
+    assert finished_manifest(prepared(tmp_path / "c", fat, seed=9), force=True) is None
+
+
 def test_what_stands_in_the_way_of_a_corpus_is_told_without_internals(fat: Path, tmp_path: Path) -> None:
     complete(prepared(tmp_path / "c", fat), 1, SILENT)
     with pytest.raises(UsageError, match=r"another corpus .*name=subset .*--output.*--force") as caught:

@@ -33,7 +33,9 @@ def write_parquet(path: Path, **columns: list[Any]) -> None:
     pq.write_table(pa.table(columns), path)
 
 
-some_texts = st.lists(st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from("ab"), min_size=1, max_size=60)
+some_texts = st.lists(
+    st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from("ab"), min_size=1, max_size=60
+)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

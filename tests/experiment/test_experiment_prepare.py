@@ -159,6 +159,12 @@ def test_commands_make_an_arm_s_data_once(tmp_path: Path) -> None:
     # A command that ran again would find nothing to read.
     texts.rename(tmp_path / "gone")
     prepare(experiment, places, QUIET, workers=1)
+    # Once there are results, no other command may make the data anew.
+    write_json(places.result("clean", 1), {})
+    before = content(places.root)
+    with pytest.raises(UsageError, match=r"holds results, and now the arms\.noisy\.prepare would be others"):
+        prepare(read_experiment(write_file(tmp_path, arms=arms.replace("15", "16"))), places, QUIET, workers=1)
+    assert content(places.root) == before
 
 
 def test_a_command_that_fails_ends_the_preparation_with_its_name(tmp_path: Path) -> None:

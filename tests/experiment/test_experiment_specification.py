@@ -75,7 +75,7 @@ def test_commands_that_make_data_may_be_pasted_as_they_are_typed(tmp_path: Path)
         ("depth = 1", "depth = 0", "toml: a model of depth 0"),
         ("vocab_size = 300", "vocab_size = 10", "vocabulary size 10 is out of range"),
         ("vocab_size = 300", "vocab_size = 300\nshares = { clean = nan }", "no positive sum"),
-        ('data = "noisy"', "prepare = [\"nanochat data local 'x\"]", "no command line (No closing quotation)"),
+        ('data = "noisy"', 'prepare = ["nanochat data local \'x"]', "no command line (No closing quotation)"),
         (
             "vocab_size = 300",
             "vocab_size = 300\nshares = { clena = 1 }",

@@ -86,6 +86,22 @@ def test_the_page_needs_no_other_file_and_holds_every_point(compared, tmp_path):
     assert stored["figures"]["a"]["steps"] == 3
 
 
+def test_figures_are_spelt_as_people_read_them(compared, tmp_path):
+    page = write_comparison(tmp_path / "out", [compared("a"), compared("b")], "a vs b").read_text()
+    assert "<tr><th>tokens</th><td>3,000</td><td>3,000</td></tr>" in page
+
+
+def test_only_an_earlier_comparison_is_replaced(compared, tmp_path):
+    runs = [compared("a"), compared("b")]
+    write_comparison(tmp_path / "out", runs, "first")
+    assert "second" in write_comparison(tmp_path / "out", runs, "second").read_text()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious.parquet").write_text("years of work")
+    with pytest.raises(UsageError, match="holds something else than a comparison"):
+        write_comparison(tmp_path / "data", runs, "third")
+    assert (tmp_path / "data" / "precious.parquet").read_text() == "years of work"
+
+
 def test_one_run_alone_or_one_without_metrics_is_refused(compared, tmp_path):
     with pytest.raises(UsageError, match="two or more different runs"):
         write_comparison(tmp_path / "out", [compared("a")], "a")

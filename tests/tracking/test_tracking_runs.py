@@ -71,6 +71,8 @@ def test_the_table_of_runs_says_where_each_stands(workspace):
     assert second.startswith("arm_b")
     assert "is not the record of a run" in second
     assert "arm_b" not in table_of_runs(workspace, "arm_a")
+    with pytest.raises(UsageError, match="no tracked run 'arm_c'"):
+        table_of_runs(workspace, "arm_c")
 
 
 def test_a_stage_is_found_by_as_much_of_its_name_as_tells_it(workspace):

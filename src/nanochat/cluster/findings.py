@@ -58,10 +58,12 @@ def check_folder(
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return Finding(subject, f"{path} cannot be written: {there} is not a folder you may write to", unusable, fix)
     free = shutil.disk_usage(there).free
-    text = f"{path}: {format_bytes(free)} free{'' if there == path else ', not made yet'}"
+    room = f"{path}: {format_bytes(free)} free{'' if there == path else ', not made yet'}"
     if free < max(enough, at_ease):
+        needed = format_bytes(max(enough, at_ease))
+        text = f"{room}, too little for the {needed} that may be needed"
         return Finding(subject, text, "PROBLEM" if free < enough else "note", fix)
-    return Finding(subject, text)
+    return Finding(subject, room)
 
 
 def check_caches(environment: Mapping[str, str], workspace: Workspace) -> list[Finding]:

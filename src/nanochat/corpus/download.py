@@ -12,7 +12,15 @@ from nanochat.corpus.fetch import Advance, in_parallel, matches
 from nanochat.corpus.hub import HubRepository, download_from, open_repository
 from nanochat.corpus.preparation import Preparation, Watch, prepare
 from nanochat.corpus.sampling import Draw
-from nanochat.corpus.shards import TEXT_COLUMN, Split, corpus_totals, describe_shard, open_corpus, say_source, shard_name
+from nanochat.corpus.shards import (
+    TEXT_COLUMN,
+    Split,
+    corpus_totals,
+    describe_shard,
+    open_corpus,
+    say_source,
+    shard_name,
+)
 from nanochat.corpus.sources import AZURE_SCHEME, Source, SourceRequest
 from nanochat.errors import DataError, NanochatError, UsageError
 from nanochat.files import MANIFEST_NAME, lock_folder, read_manifest, refuse_if_used, write_manifest

@@ -48,6 +48,7 @@ from nanochat.corpus.sources import (
 from nanochat.corpus.workers import run_tasks
 from nanochat.errors import DataError, UsageError
 from nanochat.files import (
+    MANIFEST_NAME,
     Lease,
     fingerprint,
     lock_folder,
@@ -287,16 +288,19 @@ def finished_manifest(preparation: Preparation, force: bool) -> dict[str, Any] |
     """The manifest of the corpus that was asked for if it is there already and whole.
 
     Args:
-        force: something else at its place is going to be replaced, which is refused without.
+        force: another corpus at its place is going to be replaced, which is refused without. What is no corpus never
+            is: the folder may have been named by mistake.
     """
     try:
         found = existing_manifest(preparation.folder, preparation.identity)
     except (UsageError, DataError) as error:
-        if force:
+        is_corpus = (preparation.folder / MANIFEST_NAME).is_file()
+        if force and is_corpus:
             return None
         if not _has_begun(preparation.work):
             shutil.rmtree(preparation.work, ignore_errors=True)
-        raise type(error)(error.what, "choose another --output, or replace it: the same with --force") from None
+        replace = ", or replace it: the same command with --force" if is_corpus else ""
+        raise type(error)(error.what, f"choose another --output{replace}") from None
     if found is not None:
         shutil.rmtree(preparation.work, ignore_errors=True)
     return found

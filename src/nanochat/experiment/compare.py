@@ -188,25 +188,9 @@ def _render(
     differences: Mapping[str, Mapping[str, Estimate]],
     finished: Mapping[tuple[str, int], Record],
 ) -> str:
-    arms = list(next(iter(means.values())))
     plan = make_plan(experiment, folder)
     # As of the runs, which the caveats speak of and the table of runs shows, not of this process.
     equal = {name: value for name, value in plan.equal.items() if name not in ("software", "runs")}
-    scores = [
-        [metric, *(_interval(by_arm[arm]) for arm in arms), *(_interval(differences[metric][arm]) for arm in arms[1:])]
-        for metric, by_arm in means.items()
-    ]
-    runs = [
-        [
-            record["run"],
-            f"{record['final'][HEADLINE]:.4f}",
-            f"{record['steps']:,}",
-            format_seconds(record["curves"]["bpb"]["seconds"][-1]),
-            record["hardware"],
-            record["software"]["code"],
-        ]
-        for record in finished.values()
-    ]
     return "\n".join(
         [
             f"# {experiment.name}",
@@ -222,7 +206,7 @@ def _render(
             "Means over the seeds with 95 % intervals (Student's t), and differences from the first arm, paired by",
             "seed where two seeds or more are common. bpb: bits per byte of a validation set, lower is better.",
             "",
-            *_table(["metric", *arms, *(f"{arm} − {arms[0]}" for arm in arms[1:])], scores),
+            *_table_of_figures(means, differences),
             "",
             "## What differed",
             "",
@@ -234,10 +218,36 @@ def _render(
             "",
             "## Runs",
             "",
-            *_table(["run", HEADLINE, "steps", "training time", "hardware", "code"], runs),
+            *_table_of_runs(finished),
             "",
         ]
     )
+
+
+def _table_of_figures(
+    means: Mapping[str, Mapping[str, Estimate]], differences: Mapping[str, Mapping[str, Estimate]]
+) -> list[str]:
+    arms = list(next(iter(means.values())))
+    rows = [
+        [metric, *(_interval(by_arm[arm]) for arm in arms), *(_interval(differences[metric][arm]) for arm in arms[1:])]
+        for metric, by_arm in means.items()
+    ]
+    return _table(["metric", *arms, *(f"{arm} − {arms[0]}" for arm in arms[1:])], rows)
+
+
+def _table_of_runs(finished: Mapping[tuple[str, int], Record]) -> list[str]:
+    rows = [
+        [
+            record["run"],
+            f"{record['final'][HEADLINE]:.4f}",
+            f"{record['steps']:,}",
+            format_seconds(record["curves"]["bpb"]["seconds"][-1]),
+            record["hardware"],
+            record["software"]["code"],
+        ]
+        for record in finished.values()
+    ]
+    return _table(["run", HEADLINE, "steps", "training time", "hardware", "code"], rows)
 
 
 def _interval(found: Estimate) -> str:

@@ -117,7 +117,7 @@ def _plan_settings(plan: Plan, experiment: Experiment) -> None:
     plan.sort(
         "schedule",
         [
-            f"at most {arm.warmup_steps} steps up, the last {arm.warmdown_ratio:.0%} down to {arm.final_lr_fraction:.0%}"
+            f"≤ {arm.warmup_steps} steps up, the last {arm.warmdown_ratio:.0%} down to {arm.final_lr_fraction:.0%}"
             for arm in arms
         ],
     )

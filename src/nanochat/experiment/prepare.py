@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -87,10 +87,14 @@ def _refuse_to_replace(experiment: Experiment, folder: ExperimentFolder, inputs:
         before = read_json(folder.prepared)["inputs"]
         changed = [name for name in inputs if inputs[name] != before.get(name)]
         if changed:
-            raise UsageError(
-                f"{folder.root} holds results, and now the {' and '.join(changed)} would be others",
-                f"give the experiment another name in {experiment.file}",
-            )
+            _refuse_to_change(" and ".join(changed), experiment, folder)
+
+
+def _refuse_to_change(what: str, experiment: Experiment, folder: ExperimentFolder) -> NoReturn:
+    raise UsageError(
+        f"{folder.root} holds results, and now the {what} would be others",
+        f"give the experiment another name in {experiment.file}",
+    )
 
 
 def _make_data(experiment: Experiment, arm: Arm, folder: ExperimentFolder, console: Console) -> None:
@@ -103,6 +107,8 @@ def _make_data(experiment: Experiment, arm: Arm, folder: ExperimentFolder, conso
     corpus = workspace.base_data / MANIFEST_NAME
     if corpus.exists() and receipt.exists() and read_json(receipt) == wanted:
         return
+    if receipt.exists() and any(folder.results.glob("*.json")):
+        _refuse_to_change(f"arms.{arm.name}.prepare", experiment, folder)
     receipt.unlink(missing_ok=True)
     for words in arm.commands:
         told = f"nanochat {shlex.join(words)}"
@@ -193,12 +199,7 @@ def _make_validation(
     manifests = {name: _validation_manifest(folder, name) for name in names}
     if all(manifest is not None and manifest["made_from"] == made_from for manifest in manifests.values()):
         return
-    held_back = {name: TokenDataset.open(folder.arm(name).tokens, "val") for name in experiment.arms}
-    if experiment.validation_folder is not None:
-        scratch = folder.root / "validation" / "source"
-        tokenize_corpus(experiment.validation_folder, folder.tokenizer, scratch, workers=workers)
-        held_back[SHARED_SET] = TokenDataset.open(scratch, "val")
-    candidates = {name: _documents(dataset) for name, dataset in held_back.items()}
+    candidates = _candidates(experiment, folder, workers)
     trained = _trained_digests(experiment, folder, candidates, console)
     sets = {
         name: {digest: text for digest, text in documents.items() if digest not in trained}
@@ -221,6 +222,18 @@ def _make_validation(
         if left_out[name]:
             console.info(f"validation set {name}: {left_out[name]} documents left out, as an arm trains on them")
         _write_validation(folder, name, list(sets[name].values()), made_from, left_out[name])
+
+
+def _candidates(
+    experiment: Experiment, folder: ExperimentFolder, workers: int | None
+) -> dict[str, dict[bytes, Document]]:
+    """The documents that each arm holds back, and those of a shared set from elsewhere, if there is one."""
+    held_back = {name: TokenDataset.open(folder.arm(name).tokens, "val") for name in experiment.arms}
+    if experiment.validation_folder is not None:
+        scratch = folder.root / "validation" / "source"
+        tokenize_corpus(experiment.validation_folder, folder.tokenizer, scratch, workers=workers)
+        held_back[SHARED_SET] = TokenDataset.open(scratch, "val")
+    return {name: _documents(dataset) for name, dataset in held_back.items()}
 
 
 def _documents(dataset: TokenDataset) -> dict[bytes, Document]:

@@ -252,30 +252,13 @@ def _experiment(file: Path, declared: dict[str, Any]) -> Experiment:
     known = ("name", "seeds", "budget", "stages", "settings", "tokenizer", "validation", "arms")
     _check_keys(declared, known, "")
     name = _checked(str, declared.get("name", ""), "name")
-    seeds = _checked(tuple[int, ...], declared.get("seeds", [42]), "seeds")
-    if not seeds or len(set(seeds)) < len(seeds) or not 0 <= min(seeds) <= max(seeds) <= LARGEST_SEED:
-        raise UsageError(
-            f"seeds = {list(seeds)} are not different whole numbers from 0 to {LARGEST_SEED}",
-            "for example [42, 43, 44]",
-        )
-    stages = _checked(tuple[TrainedStage, ...], declared.get("stages", ["base"]), "stages")
-    if "base" not in stages:
-        raise UsageError("stages leaves out base, which the others follow", 'for example stages = ["base", "sft"]')
-    if "eval" in stages and not ({"mid", "sft"} & set(stages) or _examined_tasks(declared)):
-        raise UsageError("eval has no tasks to examine with", 'for example [settings.eval] tasks = ["arithmetic"]')
+    _check_name(name, "name")
     shared = _table(declared, "settings", "settings")
-    tables = _table(declared, "arms", "arms")
-    if len(tables) < 2:
-        raise UsageError(f"{len(tables)} arms leave nothing to compare", "declare two with [arms.NAME]")
-    for safe, what in [(name, "name"), *((arm, "arm") for arm in tables)]:
-        if not SAFE_NAME.fullmatch(safe) or len(safe) > 40 or safe in RESERVED:
-            raise UsageError(
-                f"{what} {safe!r} cannot name a folder of the experiment",
-                f"use at most 40 letters, digits, '.', '_' and '-', and none of {', '.join(sorted(RESERVED))}",
-            )
-    arms = {arm: _arm(file, arm, _table(tables, arm, f"arms.{arm}"), shared) for arm in tables}
     tokenizer = dict(_table(declared, "tokenizer", "tokenizer"))
-    tokenizer_shares = _shares(tokenizer.pop("shares", {}), tuple(arms), "tokenizer.shares")
+    tokenizer_shares = tokenizer.pop("shares", {})
+    training = _config(TokenizerConfig, tokenizer, "tokenizer", {})
+    check_tokenizer_settings(**dataclasses.asdict(training))
+    arms = _arms(file, _table(declared, "arms", "arms"), shared, training.vocab_size)
     validation = _table(declared, "validation", "validation")
     _check_keys(validation, ("shares", "tokens", "folder"), "validation")
     if {"shares", "folder"} <= validation.keys():
@@ -283,21 +266,15 @@ def _experiment(file: Path, declared: dict[str, Any]) -> Experiment:
     validation_tokens = _checked(int, validation.get("tokens", TrainBaseConfig.eval_tokens), "validation.tokens")
     if validation_tokens < 1:
         raise UsageError(f"validation.tokens is {validation_tokens}", "give 1 or more")
-    training = _config(TokenizerConfig, tokenizer, "tokenizer", {})
-    check_tokenizer_settings(**dataclasses.asdict(training))
-    for arm in arms.values():
-        # Any horizon will do: what is wrong with model or batch would else be found after hours of preparation.
-        base = dataclasses.replace(arm.settings.base, num_steps=1)
-        make_recipe(base, base_shape(base, training.vocab_size), 1)
     return Experiment(
         file=file,
         name=name,
-        seeds=seeds,
+        seeds=_seeds(declared.get("seeds", [42])),
         budget=_budget(declared.get("budget", "smallest")),
-        stages=tuple(stage for stage in get_args(TrainedStage) if stage in stages),
+        stages=_stages(declared),
         settings=_settings(shared, "settings"),
         tokenizer=training,
-        tokenizer_shares=tokenizer_shares,
+        tokenizer_shares=_shares(tokenizer_shares, tuple(arms), "tokenizer.shares"),
         validation_shares=_shares(validation.get("shares", {}), tuple(arms), "validation.shares"),
         validation_tokens=validation_tokens,
         validation_folder=_path(file, validation["folder"], "validation.folder") if "folder" in validation else None,
@@ -305,8 +282,49 @@ def _experiment(file: Path, declared: dict[str, Any]) -> Experiment:
     )
 
 
+def _check_name(name: str, what: str) -> None:
+    if not SAFE_NAME.fullmatch(name) or len(name) > 40 or name in RESERVED:
+        raise UsageError(
+            f"{what} {name!r} cannot name a folder of the experiment",
+            f"use at most 40 letters, digits, '.', '_' and '-', and none of {', '.join(sorted(RESERVED))}",
+        )
+
+
+def _seeds(declared: Any) -> tuple[int, ...]:
+    seeds: tuple[int, ...] = _checked(tuple[int, ...], declared, "seeds")
+    if not seeds or len(set(seeds)) < len(seeds) or not 0 <= min(seeds) <= max(seeds) <= LARGEST_SEED:
+        raise UsageError(
+            f"seeds = {list(seeds)} are not different whole numbers from 0 to {LARGEST_SEED}",
+            "for example [42, 43, 44]",
+        )
+    return seeds
+
+
+def _stages(declared: Mapping[str, Any]) -> tuple[TrainedStage, ...]:
+    """In the order in which they follow each other, however the file has them."""
+    stages = _checked(tuple[TrainedStage, ...], declared.get("stages", ["base"]), "stages")
+    if "base" not in stages:
+        raise UsageError("stages leaves out base, which the others follow", 'for example stages = ["base", "sft"]')
+    if "eval" in stages and not ({"mid", "sft"} & set(stages) or _examined_tasks(declared)):
+        raise UsageError("eval has no tasks to examine with", 'for example [settings.eval] tasks = ["arithmetic"]')
+    return tuple(stage for stage in get_args(TrainedStage) if stage in stages)
+
+
 def _examined_tasks(declared: Mapping[str, Any]) -> Any:
     return _table(_table(declared, "settings", "settings"), "eval", "settings.eval").get("tasks")
+
+
+def _arms(file: Path, tables: dict[str, Any], shared: dict[str, Any], vocab_size: int) -> dict[str, Arm]:
+    if len(tables) < 2:
+        raise UsageError(f"{len(tables)} arms leave nothing to compare", "declare two with [arms.NAME]")
+    arms = {}
+    for name in tables:
+        _check_name(name, "arm")
+        arms[name] = _arm(file, name, _table(tables, name, f"arms.{name}"), shared)
+        # Any horizon will do: a model or batch that cannot be would else be found after hours of preparation.
+        base = dataclasses.replace(arms[name].settings.base, num_steps=1)
+        make_recipe(base, base_shape(base, vocab_size), 1)
+    return arms
 
 
 def _arm(file: Path, name: str, table: dict[str, Any], shared: dict[str, Any]) -> Arm:
@@ -366,10 +384,10 @@ def _budget(declared: Any) -> Budget:
         return Budget()
     if isinstance(declared, dict) and len(declared) == 1:
         [(kind, amount)] = declared.items()
+        is_number = isinstance(amount, int | float) and not isinstance(amount, bool) and 0 < amount < math.inf
         for known in ("epochs", "tokens", "steps"):
-            if kind == known and not isinstance(amount, bool) and isinstance(amount, int | float):
-                if 0 < amount < math.inf and (known == "epochs" or amount == int(amount)):
-                    return Budget(known, amount)
+            if kind == known and is_number and (known == "epochs" or amount == int(amount)):
+                return Budget(known, amount)
     raise UsageError(f"budget is {declared!r}", 'give "smallest", or { tokens = N }, { steps = N } or { epochs = N }')
 
 

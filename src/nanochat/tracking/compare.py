@@ -20,6 +20,7 @@ from nanochat.tracking.plots import COLOURS, Panel, plot_panels
 from nanochat.tracking.runs import METRICS_NAME, RunRecord
 
 PAGE_NAME = "index.html"
+DATA_NAME = "comparison.json"
 LARGEST_SPELT_OUT = 10**12
 
 AXES = {"step": "steps", "tokens": "training tokens", "flops": "training FLOPs", "seconds": "seconds in steps"}
@@ -145,7 +146,7 @@ def write_comparison(folder: Path, runs: Sequence[ComparedRun], title: str) -> P
     """Write a folder with `index.html`, which needs no other file, the curves as PNG, and `comparison.json`.
 
     Args:
-        folder: replaced whole.
+        folder: an earlier comparison there is replaced.
         runs: two or more, each with a label of its own.
         title: above all.
 
@@ -153,10 +154,15 @@ def write_comparison(folder: Path, runs: Sequence[ComparedRun], title: str) -> P
         The page.
 
     Raises:
-        UsageError: there are not two runs, or two have one label.
+        UsageError: there are not two runs, two have one label, or something else is at `folder`.
     """
     if len(runs) < 2 or len({run.label for run in runs}) < len(runs):
         raise UsageError("a comparison needs two or more different runs", "name them: nanochat compare A B")
+    own = {PAGE_NAME, DATA_NAME, *(f"{curve}.png" for curve in CURVES)}
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= own):
+        raise UsageError(
+            f"{folder} holds something else than a comparison", "move it away, or choose another folder with --to"
+        )
     found = differences({run.label: run.record for run in runs})
     figures = {run.label: run.figures() for run in runs}
     curves = {
@@ -168,7 +174,7 @@ def write_comparison(folder: Path, runs: Sequence[ComparedRun], title: str) -> P
             panels = [Panel(curves[curve][axis], name, xlabel, unit) for axis, xlabel in AXES.items()]
             plot_panels(place / f"{curve}.png", panels)
         comparison = {"title": title, "differences": found, "figures": figures, "curves": curves}
-        write_json(place / "comparison.json", to_json_value(comparison))
+        write_json(place / DATA_NAME, to_json_value(comparison))
         write_text(place / PAGE_NAME, _page(title, found, figures, curves, place))
     return folder / PAGE_NAME
 
