@@ -19,7 +19,7 @@ from texts import small_texts
 # A developer's key, a site's workspace or the rank of the job that runs the tests is not what a test means.
 FOREIGN = ("AZURE_", "HF_", "NANOCHAT_", "SLURM_", "WANDB_")
 FOREIGN += ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TIKTOKEN_", "DATA_GYM_", "TORCH_ALLOW_TF32_")
-FOREIGN += ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER")
+FOREIGN += ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "COLUMNS")
 for name in [name for name in os.environ if name.startswith(FOREIGN)]:
     if not name.startswith(("NANOCHAT_TEST_", "NANOCHAT_IMAGE")):
         del os.environ[name]

@@ -192,7 +192,10 @@ def point_outside(bundle: Path) -> None:
         (forget_baseline, "is not an evaluation bundle .*schema_one"),
         (leave_one_item, "holds 1 problems, too few to show 2 examples"),
         (point_outside, r"choice_zero\.jsonl line 31 is no problem"),
-        (lambda bundle: (bundle / "core.yaml").unlink(), "core.yaml is missing — bring it where there is network: nanochat stage core"),
+        (
+            lambda bundle: (bundle / "core.yaml").unlink(),
+            "core.yaml is missing — bring it where there is network: nanochat stage core",
+        ),
         (lambda bundle: (bundle / "core.yaml").write_text("icl_tasks: [}"), "is not an evaluation bundle"),
         (lambda bundle: (bundle / "core.yaml").write_text("icl_tasks"), "is not an evaluation bundle"),
     ],

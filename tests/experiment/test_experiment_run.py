@@ -25,6 +25,7 @@ from nanochat.experiment.specification import Experiment, ExperimentFolder, read
 from nanochat.files import lock_folder, read_json, write_json
 from nanochat.runtime import Runtime
 from nanochat.tracking.console import Console
+from nanochat.tracking.runs import RunRecord, stage_folders
 from nanochat.workspace import Workspace
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -67,6 +68,19 @@ def test_runs_differ_in_data_and_seed_alone(toy: Toy) -> None:
     assert all(identity == identities[0] for identity in identities)
     assert len({record["identity"]["data"] for record in records.values()}) == 2
     assert len({record["checkpoint"] for record in records.values()}) == 4
+
+
+def test_the_runs_of_an_experiment_are_one_group_of_a_project_of_their_own(toy: Toy) -> None:
+    experiment, places = toy
+    names = [record.names for arm, seed in read_results(*toy) for record in records_of(experiment, places, arm, seed)]
+    assert len(names) == 4
+    assert {(name.project, name.group) for name in names} == {("nanochat-experiments", "toy")}
+    assert not {"WANDB_PROJECT", "WANDB_RUN_GROUP"} & os.environ.keys()
+
+
+def records_of(experiment: Experiment, places: ExperimentFolder, arm: str, seed: int) -> list[RunRecord]:
+    run = experiment.run_name(experiment.arms[arm], seed)
+    return [RunRecord.read(folder) for folder in stage_folders(places.arm(arm, run), run)]
 
 
 def test_arms_begin_with_the_same_weights_for_the_same_seed(toy: Toy) -> None:

@@ -77,6 +77,12 @@ def run_arm(
     workspace = folder.arm(arm.name, run)
     console = Console(enabled=runtime.is_main)
     prepared = from_main(run_on_main(lambda: read_prepared(experiment, folder)))
+    # W&B shows the runs of an experiment together, and apart from long ones.
+    machine = dataclasses.replace(
+        machine,
+        wandb_project=machine.wandb_project or os.environ.get("WANDB_PROJECT") or EXPERIMENTS_PROJECT,
+        wandb_group=machine.wandb_group or os.environ.get("WANDB_RUN_GROUP") or experiment.name,
+    )
     config = _run_config(experiment, folder, arm, seed, machine, prepared, device_batch_size)
     what = f"the arm {arm.name} with seed {seed} of {experiment.name}"
     with run_on_main(lambda: lock_folder(workspace.run(run), what)) or contextlib.nullcontext():
@@ -85,9 +91,6 @@ def run_arm(
         if from_main(done is not None):
             console.info(f"{run}: already done, {folder.result(arm.name, seed)}")
             return done or {}
-        # W&B shows the runs of an experiment together, and apart from long ones.
-        os.environ.setdefault("WANDB_RUN_GROUP", experiment.name)
-        os.environ.setdefault("WANDB_PROJECT", EXPERIMENTS_PROJECT)
         stages: tuple[StageName, ...] = experiment.stages
         run_pipeline(config, workspace, runtime, stages)
         trained = load_trained_model(workspace, "base", config.base.tag, runtime, console)
