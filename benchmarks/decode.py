@@ -23,8 +23,9 @@ import torch
 
 from nanochat.chat.engine import Engine, Sampling
 from nanochat.config import ModelConfig, model_from_depth
+from nanochat.identity import usable_cores
 from nanochat.model.gpt import GPT
-from nanochat.runtime import cpu_has_fast_bfloat16, usable_cores
+from nanochat.runtime import cpu_has_fast_bfloat16
 from nanochat.tokenizer.train import train_tokenizer
 
 BATCH_SIZES = (1, 8, 64)

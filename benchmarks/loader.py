@@ -28,12 +28,12 @@ import torch
 
 from nanochat.corpus.builtin import build_builtin_corpus
 from nanochat.corpus.shards import open_corpus, read_texts
+from nanochat.identity import usable_cores
 from nanochat.loader.batches import BatchLoader, LoaderConfig
 from nanochat.loader.order import ShuffledOrder
 from nanochat.loader.packing import Lane, Remainders
 from nanochat.loader.token_shards import TokenDataset
 from nanochat.loader.tokenize import tokenize_corpus
-from nanochat.runtime import usable_cores
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tokenizer.train import train_tokenizer
 

@@ -50,12 +50,13 @@ from nanochat.config import ModelConfig, model_from_depth
 from nanochat.corpus.builtin import build_builtin_corpus
 from nanochat.corpus.shards import adopt, read_texts
 from nanochat.evaluation.bits_per_byte import bits_per_byte
+from nanochat.identity import usable_cores
 from nanochat.loader.batches import validation_rows
 from nanochat.loader.token_shards import TokenDataset
 from nanochat.loader.tokenize import tokenize_corpus
 from nanochat.model.gpt import GPT
 from nanochat.model.size import flops_per_token
-from nanochat.runtime import Runtime, cpu_has_fast_bfloat16, usable_cores
+from nanochat.runtime import Runtime, cpu_has_fast_bfloat16
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tokenizer.train import train_tokenizer
 from nanochat.tracking import keys

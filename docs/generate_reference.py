@@ -43,7 +43,9 @@ def render() -> str:
                 settings.setdefault(parameter.type, []).append(f"[nanochat {name}](#{_anchor(name)})")
     for kind, users in settings.items():
         rows = [_row(flag) for flag in _fields(kind)]
-        blocks.append(f"## {kind.__name__}\n\n{_prose(kind)}\n\nFlags of {' and '.join(users)}.\n\n{_table(rows)}")
+        blocks.append(
+            f"## {kind.__name__}\n\n{_prose(kind)}\n\nFlags of {', '.join(dict.fromkeys(users))}.\n\n{_table(rows)}"
+        )
     return "\n\n".join(block.strip() for block in blocks) + "\n"
 
 
@@ -133,7 +135,7 @@ def _command(name: str, run: Callable[..., None]) -> str:
     parameters = list(_parameters(run))
     own = [parameter for parameter in parameters if not dataclasses.is_dataclass(parameter.type)]
     shared = [parameter for parameter in parameters if parameter not in own]
-    usage = " ".join(["nanochat", name, *(p.name.upper() for p in own if p.positional)])
+    usage = " ".join(["nanochat", name, *(_place(flag) for flag in own if flag.positional)])
     blocks = [f"## nanochat {name}", _prose(run), f"```text\n{usage}{' [flags]' if parameters else ''}\n```"]
     if own:
         blocks.append(_table([_row(flag) for flag in own]))
@@ -145,6 +147,12 @@ def _command(name: str, run: Callable[..., None]) -> str:
         ]
         blocks.append(f"And the flags of {'; of '.join(links)}.")
     return "\n\n".join(blocks)
+
+
+def _place(flag: Flag) -> str:
+    """A parameter without a flag, as usage shows it."""
+    named = flag.name.upper() + (" ..." if get_origin(flag.type) is tuple else "")
+    return named if flag.default is inspect.Parameter.empty else f"[{named}]"
 
 
 def _prose(documented: Any) -> str:

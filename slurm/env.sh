@@ -70,17 +70,18 @@ load_modules() {
   [[ $settings != *u* ]] || set -u
 }
 
+# Whether a name is one that only the file of keys may set.
+is_secret() {
+  [[ $1 == @(WANDB_API_KEY|HF_TOKEN|AZURE_STORAGE_*) ]]
+}
+
 # Keys for W&B and the hub, from a file that only its owner can read. What the environment has already wins.
 load_secrets() {
   local name value
   SECRETS_READ=''
   [[ -r $SITE_SECRETS ]] || return 0
   while IFS='=' read -r name value || [[ -n $name ]]; do
-    case $name in
-    WANDB_API_KEY | HF_TOKEN | AZURE_STORAGE_*)
-      if [[ -z ${!name:-} ]]; then export "$name=$value" && SECRETS_READ+=" $name"; fi
-      ;;
-    esac
+    if is_secret "$name" && [[ -z ${!name:-} ]]; then export "$name=$value" && SECRETS_READ+=" $name"; fi
   done <"$SITE_SECRETS"
 }
 

@@ -20,8 +20,8 @@ leave() {
 }
 
 # Slurm signals the first process of a task only, which this is. `wait` ends early when it does.
-trainer=''
-trap 'signalled=yes; kill -USR1 "$trainer" 2>/dev/null || true' USR1 TERM
+trainer='' told=''
+trap 'signalled=yes told=yes; kill -USR1 "$trainer" 2>/dev/null || true' USR1 TERM
 
 "$@" &
 trainer=$!
@@ -31,6 +31,9 @@ while true; do
   [[ -n $signalled ]] || break
 done
 
+# One that was told to stop may not have listened yet (138 is USR1), or was aborted by NCCL as another one was faster to
+# end (134). Neither is a failure.
+if [[ -n $told ]] && ((code == 138 || code == 134)); then code=75; fi
 if ((code == 75)); then
   code=0
   if ((RANK == 0)); then leave STOPPED "$(date +%s)"; fi

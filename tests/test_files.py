@@ -1,6 +1,7 @@
 """Files appear whole or not at all, and manifests catch every change."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from nanochat.files import (
     file_entry,
     fingerprint,
     leases,
+    lock_folder,
     read_json,
     read_manifest,
     refuse_if_used,
@@ -175,6 +177,24 @@ def test_a_linked_folder_is_in_use_under_all_its_names(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with use_folders("a run", tmp_path / "link"):
         assert len(leases(tmp_path / "real")) == len(leases(tmp_path / "link")) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock_folder(tmp_path / "model", "the model"):
+        pass
+
+
+def test_a_folder_is_locked_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with lock_folder(tmp_path, "the model"), pytest.raises(UsageError, match="is being written by another process"):
+        lock_folder(tmp_path, "the model")
+    lock_folder(tmp_path, "the model").close()
 
 
 def test_a_disk_that_is_full_is_told_with_the_file(tmp_path: Path) -> None:

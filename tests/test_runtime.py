@@ -16,6 +16,7 @@ import torch.distributed as dist
 import nanochat.runtime as runtime_module
 from distributed import RankFailedError, run_distributed
 from nanochat.errors import DataError, PreflightError, StoppedWithMainError, UsageError
+from nanochat.identity import usable_cores
 from nanochat.runtime import (
     choose_compute_dtype,
     from_main,
@@ -25,7 +26,6 @@ from nanochat.runtime import (
     run_on_main,
     set_cpu_threads,
     start_runtime,
-    usable_cores,
 )
 from nanochat.training.stopping import StopRequest
 from toolchain import needs_compiler
@@ -193,6 +193,29 @@ def test_ranks_that_do_not_meet_are_told_in_one_line_why(
             pass
     assert len(str(caught.value).splitlines()) == 1
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("last", "error", "said"),
+    [
+        ("Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 9000", UsageError, "shares its GPU"),
+        ("socketStartConnect: Connect to 10.0.0.2 failed", PreflightError, "socketStartConnect: Connect to 10.0.0.2"),
+        ("", PreflightError, "NCCL error in: NCCLUtils.cpp:94"),
+    ],
+)
+def test_why_nccl_could_not_begin_is_told(
+    last: str, error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As torch says it, where no GPU is at hand to say it.
+    text = f"NCCL error in: NCCLUtils.cpp:94, invalid usage\nncclInvalidUsage: This is how it is.\nLast error:\n{last}"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(runtime_module, "rendezvous", refuse)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(error, match=re.escape(said)), start_runtime("cpu"):
+        pass
 
 
 TF32 = """

@@ -5,6 +5,7 @@ on a slow login node.
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -72,9 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("nanochat: interrupted; the same command carries on", file=sys.stderr, flush=True)
         code = 128 + 2
     except BrokenPipeError:
-        # The reader of our output went away (`nanochat … | head`): nothing is wrong. Python must not flush again.
+        # The reader of our output went away (`nanochat … | head`): no news, but not done either, if it was training. So
+        # the code is that of any program that dies of SIGPIPE. Python must not flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = ExitCode.DONE
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         if debug:
             traceback.print_exc()

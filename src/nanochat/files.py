@@ -5,6 +5,7 @@ under its final name: it goes to a temporary name in the same folder, is flushed
 POSIX makes atomic. The folder itself is synced last, or the rename may be forgotten.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from nanochat.errors import DataError, UsageError
 
@@ -31,6 +32,8 @@ LEASE_MARK = ".use-"
 # may well miss a few.
 LEASE_RENEWAL_SECONDS = 30.0
 LEASE_STALE_SECONDS = 300.0
+# What flock says where the file system, or its server, has no locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 
 
 def sync_folder(folder: Path) -> None:
@@ -212,7 +215,8 @@ def verify_files(folder: Path, files: list[dict[str, Any]], fix: str, checksums:
 def lock_folder(folder: Path, what: str) -> TextIO:
     """Keep every other process from writing to a folder until the result is closed, or this process ends, however.
 
-    The kernel's lock (flock) goes with the process, so a kill leaves nothing stale behind.
+    The kernel's lock (flock) goes with the process, so a kill leaves nothing stale behind. A file system that has no
+    such locks, as Lustre mounted without `flock`, gets none: to refuse all work on it would be worse.
 
     Args:
         what: what is locked, for the error.
@@ -223,12 +227,10 @@ def lock_folder(folder: Path, what: str) -> TextIO:
     Raises:
         UsageError: another process holds the lock.
     """
-    import fcntl
-
     folder.mkdir(parents=True, exist_ok=True)
     stream = (folder / LOCK_NAME).open("a")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_stream(stream, wait=False)
     except BlockingIOError:
         stream.close()
         raise UsageError(
@@ -236,6 +238,21 @@ def lock_folder(folder: Path, what: str) -> TextIO:
             "wait for it or stop it, or choose another name",
         ) from None
     return stream
+
+
+def lock_stream(stream: IO[Any], *, wait: bool) -> None:
+    """Take the kernel's lock on an open file, where its file system has locks.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one is not to wait.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 @dataclass(frozen=True)
@@ -302,7 +319,8 @@ def use_folders(what: str, *folders: Path) -> Iterator[None]:
     finally:
         ended.set()
         for path in held:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def leases(folder: Path) -> list[Lease]:

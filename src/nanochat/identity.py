@@ -1,4 +1,4 @@
-"""What code this is: version, commit, and the image it runs in. No torch, so that `nanochat --version` is quick."""
+"""What code this is, and where: version, commit, image, cores. No torch, so that `nanochat --version` is quick."""
 
 import importlib.metadata
 import json
@@ -16,6 +16,11 @@ IMAGE_MANIFEST = Path("/opt/nanochat/manifest.json")
 
 # nvidia-smi waits for the driver, and git for the file system; either may be sick.
 PROBE_SECONDS = 20
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity mask, which Slurm and containers narrow, not the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def output_of(*command: str) -> str | None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from nanochat.errors import LostRankError, NanochatError, PreflightError, StoppedWithMainError, UsageError
+from nanochat.identity import usable_cores
 
 # A rank may wait this long for another before the job is declared dead. A checkpoint of a large model to a slow
 # file system takes minutes, a hang should not cost an hour.
@@ -136,11 +137,6 @@ def _lines_that_set_tf32() -> list[str]:
     return lines
 
 
-def usable_cores() -> int:
-    """Cores this process may use: its affinity mask, which Slurm and containers narrow, not the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def set_cpu_threads(local_world_size: int) -> None:
     """Share the usable cores between the ranks of this host, unless OMP_NUM_THREADS already says how.
 
@@ -251,6 +247,8 @@ def _meet_ranks(rank: int, world_size: int, device: torch.device) -> None:
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
+        if "Duplicate GPU" in str(error):
+            raise _shared_gpu(rank) from error
         taken = "EADDRINUSE" in str(error)
         raise PreflightError(
             f"rank {rank} of {world_size} did not meet the others at {address}: {_first_line(error)}",
@@ -262,17 +260,21 @@ def _meet_ranks(rank: int, world_size: int, device: torch.device) -> None:
 
 def _lost_rank(rank: int, error: RuntimeError) -> NanochatError:
     if "Duplicate GPU" in str(error):
-        return UsageError(
-            f"rank {rank} shares its GPU with another rank", "start as many ranks on a node as it has GPUs"
-        )
+        return _shared_gpu(rank)
     return LostRankError(
         f"rank {rank} lost another rank: {_first_line(error)}",
         "the message of the rank that ended first says why; the same command carries on",
     )
 
 
+def _shared_gpu(rank: int) -> UsageError:
+    return UsageError(f"rank {rank} shares its GPU with another rank", "start as many ranks on a node as it has GPUs")
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+    # NCCL's own cause comes last, after where in PyTorch it was noticed.
+    cause = str(error).rpartition("Last error:")[2].strip() or str(error).strip()
+    return cause.partition("\n")[0][:200]
 
 
 def seed_everything(seed: int) -> None:

@@ -109,6 +109,7 @@ def test_a_run_needs_a_name_that_can_name_it(name: str | None, expected: str | N
     ("line", "expected"),
     [
         ("SITE_PARTITON=gpu", "sets SITE_PARTITON, which nothing reads"),
+        ("HF_TOKEN=hf_0", "sets HF_TOKEN, which would be written down"),
         ("SITE_MAIL = me", "no NAME=value"),
         ("rm -rf x", "no NAME=value"),
         ("SITE_MAIL='me", "cannot be evaluated"),

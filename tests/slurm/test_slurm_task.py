@@ -89,7 +89,7 @@ def test_success_is_said_by_rank_0_alone(tmp_path: Path) -> None:
     assert names(tmp_path) == ["DONE"]
 
 
-@pytest.mark.parametrize("code", [1, 2, 3, 4, 76, 137])
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 76, 134, 137, 138])
 def test_a_failure_keeps_its_code_and_says_where(tmp_path: Path, code: int) -> None:
     assert finish(start(tmp_path, "bash", "-c", f"exit {code}", rank=2))[0] == code
     assert names(tmp_path) == ["rank-2.exit"]
@@ -101,6 +101,19 @@ def test_a_failure_keeps_its_code_and_says_where(tmp_path: Path, code: int) -> N
 def test_a_trainer_that_is_killed_leaves_the_signal(tmp_path: Path) -> None:
     assert finish(start(tmp_path, "bash", "-c", "kill -9 $$"))[0] == 137
     assert (tmp_path / "rank-0.exit").read_text().split()[2] == "137"
+
+
+@pytest.mark.parametrize("by", ["USR1", "ABRT"])
+def test_a_trainer_that_a_stop_kills_before_it_listens_or_aborts_for_another_that_was_faster_has_not_failed(
+    tmp_path: Path, by: str
+) -> None:
+    dies = f"signal.signal(signal.SIG{by}, signal.SIG_DFL); signal.raise_signal(signal.SIG{by})"
+    process = start(tmp_path, sys.executable, "-c", TRAINER.replace("sys.exit(75)", dies))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    assert finish(process)[0] == 0
+    assert names(tmp_path) == ["STOPPED"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)

@@ -23,11 +23,13 @@ from nanochat.checkpoint.store import CheckpointNotSavedError, load_checkpoint
 from nanochat.config import TrainBaseConfig
 from nanochat.errors import DataError, NanochatError, StoppedForRequeueError, UsageError
 from nanochat.files import lock_folder
+from nanochat.loader.batches import BatchLoader
 from nanochat.model.gpt import GPT
-from nanochat.runtime import Runtime
+from nanochat.runtime import Runtime, on_progress
 from nanochat.tokenizer.train import train_tokenizer
 from nanochat.tracking.keys import CLOCKED
 from nanochat.tracking.metrics import MetricsLog, read
+from nanochat.training import base as base_module
 from nanochat.training.base import train_base
 from nanochat.training.session import metrics_path
 from nanochat.workspace import Workspace
@@ -215,6 +217,46 @@ def test_accumulation_gives_the_same_run(prepared_workspace: Workspace, undistur
         for workspace in (prepared_workspace, undisturbed)
     )
     assert losses == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_a_step_of_many_passes_shows_that_it_moves(prepared_workspace: Workspace) -> None:
+    signs: list[int] = []
+    on_progress.append(lambda: signs.append(1))
+    try:
+        train_base(replace(CONFIG, num_steps=1, device_batch_size=2), RUN, prepared_workspace, CPU)
+    finally:
+        on_progress.pop()
+    evaluated = CONFIG.eval_tokens // CONFIG.sequence_len // 2
+    assert len(signs) == 16 // 2 + evaluated * 2
+
+
+def train_with_slow_samples(root: str, config: TrainBaseConfig) -> tuple[list[float], list[float]]:
+    """One rank's part of a run; returns when rank 0 had its samples, and when this rank began its steps."""
+    sampled, begun = [], []
+    draw, next_step = base_module.draw_samples, BatchLoader.next_step
+
+    def draw_slowly(*arguments: Any) -> list[dict[str, str]]:
+        time.sleep(0.5)
+        texts = draw(*arguments)
+        sampled.append(time.monotonic())
+        return texts
+
+    def tell_and_load(loader: BatchLoader) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        begun.append(time.monotonic())
+        return next_step(loader)
+
+    base_module.draw_samples, BatchLoader.next_step = draw_slowly, tell_and_load  # type: ignore[method-assign]
+    train_on_ranks(root, config)
+    return sampled, begun
+
+
+def test_no_rank_begins_a_step_while_rank_0_draws_samples_and_may_be_ended_by_a_stop(
+    prepared_workspace: Workspace,
+) -> None:
+    config = replace(CONFIG, num_steps=2, sample_every=1)
+    (sampled, _), (none, begun) = run_distributed(train_with_slow_samples, 2, str(prepared_workspace.root), config)
+    assert (len(sampled), none, len(begun)) == (2, [], 2)
+    assert sampled[0] < begun[1]
 
 
 def test_a_finished_run_trains_no_further(prepared_workspace: Workspace) -> None:

@@ -76,11 +76,16 @@ def test_what_is_slow_but_moves_is_left_alone(tmp_path: Path) -> None:
 
 def work_beside_old_stacks(root: str) -> str:
     with watched(Workspace(Path(root)), "run", "base", Runtime(CPU, torch.float32), 2 / 60):
-        time.sleep(1)
+        # Somebody reads them in an editor, which makes a file of its own, and deletes them.
+        stacks = Workspace(Path(root)).run("run") / "stacks"
+        (stacks / ".rank-1.txt.swp").write_text("")
+        time.sleep(0.5)
+        (stacks / "rank-1.txt").unlink()
+        time.sleep(0.5)
     return "moved on"
 
 
-def test_stacks_that_an_earlier_hang_left_end_nobody(tmp_path: Path) -> None:
+def test_stacks_that_an_earlier_hang_left_may_be_read_and_deleted_and_end_nobody(tmp_path: Path) -> None:
     stacks = tmp_path / "runs" / "run" / "stacks"
     stacks.mkdir(parents=True)
     (stacks / "rank-1.txt").write_text("old")

@@ -35,7 +35,7 @@ from nanochat.cluster.findings import (
     looked_at,
     one_line,
 )
-from nanochat.identity import DISTRIBUTION, IMAGE_MANIFEST, output_of, read_image
+from nanochat.identity import DISTRIBUTION, IMAGE_MANIFEST, output_of, read_image, usable_cores
 from nanochat.workspace import Workspace
 
 # What is compiled, and so may be there but not load; torch comes last, as it takes longest.
@@ -362,7 +362,7 @@ def binds(mountinfo: str) -> list[str]:
 def _look_at_torch(environment: Mapping[str, str], in_container: bool) -> list[Finding]:
     import torch
 
-    from nanochat.runtime import cpu_has_fast_bfloat16, tf32_conflict, usable_cores
+    from nanochat.runtime import cpu_has_fast_bfloat16, tf32_conflict
 
     listing = output_of("nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader")
     with warnings.catch_warnings(action="ignore"):

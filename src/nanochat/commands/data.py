@@ -4,13 +4,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from nanochat.config import TrainMidConfig, TrainSFTConfig
 from nanochat.workspace import Workspace
 
 if TYPE_CHECKING:
     from nanochat.corpus.preparation import Preparation
+    from nanochat.corpus.sources import SourceRequest
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """Where the rows of a large corpus are."""
+
+    dataset: str | None = None
+    """OWNER/NAME of a data set on the hub; or"""
+    source: str | None = None
+    """a folder with .parquet files, or an address that fsspec opens."""
+    config: str | None = None
+    """part of the data set, as its card says, or the name of a folder; default: the card's, or all."""
+    split: str | None = None
+    """of the data set; default: train of one on the hub, everything of a folder."""
+    revision: str = "main"
+    """branch, tag or commit of the data set."""
+
+    def request(self) -> "SourceRequest":
+        """The same for the corpus room."""
+        from nanochat.corpus.sources import SourceRequest
+
+        return SourceRequest(self.dataset, self.source, self.config, self.split, self.revision)
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """How a corpus is cut, where it goes, and how it is made."""
+
+    rows_per_shard: int = 14_000
+    """documents per shard."""
+    validation_rows: int = 10_000
+    """documents set aside for validation, at most a tenth of all."""
+    output: Path | None = None
+    """folder of the corpus; default: base_data."""
+    workers: int | None = None
+    """processes, and downloads at once; default: one per core."""
+    force: bool = False
+    """replace a corpus that is there, even one in use; says by whom."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the corpus goes."""
+        return self.output or Workspace.from_environment().base_data
 
 
 def builtin() -> None:
@@ -63,126 +107,92 @@ def adopt() -> None:
 
 
 def subset(
+    rows: OmitArgPrefixes[SourceSettings],
+    corpus: OmitArgPrefixes[CorpusSettings],
     *,
     ratio: float,
-    dataset: str | None = None,
-    source: str | None = None,
-    config: str | None = None,
-    split: str | None = None,
-    revision: str = "main",
     seed: int = 42,
     columns: str = "text,token_count",
-    rows_per_shard: int = 14_000,
-    validation_rows: int = 10_000,
-    output: Path | None = None,
     part: str | None = None,
-    workers: int | None = None,
-    force: bool = False,
 ) -> None:
     """Write base_data from a random share of the rows of a large corpus; carries on where it was stopped.
 
     Which rows depends on the seed, the names of the source's files and the rows' numbers in them, and on nothing else.
 
     Args:
+        rows: where they are.
+        corpus: how it is cut, where it goes, and how it is made.
         ratio: share of the rows to keep, above 0 and at most 1.
-        dataset: OWNER/NAME of a data set on the hub; or
-        source: a folder with .parquet files, or an address that fsspec opens.
-        config: part of the data set, as its card says, or the name of a folder; default: the card's, or all.
-        split: of the data set; default: train of one on the hub, everything of a folder.
-        revision: branch, tag or commit of the data set.
         seed: chooses the rows, and the validation documents among them.
         columns: what to keep, separated by commas; nothing else is fetched or decoded.
-        rows_per_shard: documents per shard.
-        validation_rows: documents set aside for validation, at most a tenth of all.
-        output: folder of the corpus; default: base_data.
         part: I/N reads only every N-th file, from the I-th on; after all parts, the command without it completes.
-        workers: processes; default: one per core.
-        force: replace a corpus that is there, even one in use; says by whom.
     """
     from nanochat.corpus.preparation import finished_manifest, make_part
     from nanochat.corpus.sampling import prepare_subset
-    from nanochat.corpus.sources import SourceRequest
     from nanochat.tracking.console import Console
 
     preparation = prepare_subset(
-        output or Workspace.from_environment().base_data,
-        SourceRequest(dataset, source, config, split, revision),
+        corpus.folder,
+        rows.request(),
         ratio=ratio,
         seed=seed,
         columns=tuple(columns.split(",")),
-        rows_per_shard=rows_per_shard,
-        validation_rows=validation_rows,
+        rows_per_shard=corpus.rows_per_shard,
+        validation_rows=corpus.validation_rows,
     )
     if part is None:
-        _complete_corpus(preparation, workers, force)
-    elif finished_manifest(preparation, force) is None:
-        make_part(preparation, part, workers, Console().progress)
+        _complete_corpus(preparation, corpus)
+    elif finished_manifest(preparation, corpus.force) is None:
+        make_part(preparation, part, corpus.workers, Console().progress)
 
 
 def rank(
+    rows: OmitArgPrefixes[SourceSettings],
+    corpus: OmitArgPrefixes[CorpusSettings],
     *,
     by: str,
     top: float | None = None,
     sort: bool = False,
     descending: bool = True,
-    dataset: str | None = None,
-    source: str | None = None,
-    config: str | None = None,
-    split: str | None = None,
-    revision: str = "main",
     seed: int = 42,
     columns: str = "text,token_count",
-    rows_per_shard: int = 14_000,
-    validation_rows: int = 10_000,
-    output: Path | None = None,
-    workers: int | None = None,
-    force: bool = False,
 ) -> None:
     """Write base_data from the best rows of a scored corpus, or sort it; carries on where it was stopped.
 
     Args:
+        rows: where they are.
+        corpus: how it is cut, where it goes, and how it is made.
         by: columns of numbers, separated by commas; the first decides, the others where it is equal.
         top: share of the rows to keep, above 0 and at most 1, in the order of the source; or
         sort: keep all, the best first.
         descending: the highest are best; nulls come last either way.
-        dataset: OWNER/NAME of a data set on the hub; or
-        source: a folder with .parquet files, or an address that fsspec opens.
-        config: part of the data set, as its card says, or the name of a folder; default: the card's, or all.
-        split: of the data set; default: train of one on the hub, everything of a folder.
-        revision: branch, tag or commit of the data set.
         seed: chooses the validation documents.
         columns: what to keep, separated by commas; nothing else is fetched or decoded, but the columns to rank by.
-        rows_per_shard: documents per shard.
-        validation_rows: documents set aside for validation, at most a tenth of all.
-        output: folder of the corpus; default: base_data.
-        workers: processes; default: one per core.
-        force: replace a corpus that is there, even one in use; says by whom.
     """
     from nanochat.corpus.preparation import finished_manifest
     from nanochat.corpus.ranking import prepare_ranking, read_keys
-    from nanochat.corpus.sources import SourceRequest
     from nanochat.errors import UsageError
     from nanochat.tracking.console import Console
 
     if (top is None) != sort:
         raise UsageError("what to do with the ranked rows is not clear", "give either --top SHARE or --sort")
     preparation, ranking = prepare_ranking(
-        output or Workspace.from_environment().base_data,
-        SourceRequest(dataset, source, config, split, revision),
+        corpus.folder,
+        rows.request(),
         by=tuple(by.split(",")),
         descending=descending,
         top=top,
         columns=tuple(columns.split(",")),
-        rows_per_shard=rows_per_shard,
-        validation_rows=validation_rows,
+        rows_per_shard=corpus.rows_per_shard,
+        validation_rows=corpus.validation_rows,
         seed=seed,
     )
-    if finished_manifest(preparation, force) is None:
-        rows, kept, unscored = read_keys(preparation, ranking, workers, Console().progress)
-        print(f"keeping {kept:,} of {rows:,} rows", flush=True)
+    if finished_manifest(preparation, corpus.force) is None:
+        ranked, kept, unscored = read_keys(preparation, ranking, corpus.workers, Console().progress)
+        print(f"keeping {kept:,} of {ranked:,} rows", flush=True)
         if unscored:
             Console().warning(f"{unscored:,} of these have no number in {by.split(',')[0]!r}: they come last")
-    _complete_corpus(preparation, workers, force)
+    _complete_corpus(preparation, corpus)
 
 
 def download(
@@ -211,6 +221,7 @@ def download(
 
 
 def azure(
+    corpus: OmitArgPrefixes[CorpusSettings],
     *,
     container: str,
     prefix: str = "",
@@ -219,12 +230,7 @@ def azure(
     mode: Literal["bulk", "stream"] = "stream",
     skip_download: bool = False,
     columns: str = "text",
-    rows_per_shard: int = 14_000,
-    validation_rows: int = 10_000,
     seed: int = 42,
-    output: Path | None = None,
-    workers: int | None = None,
-    force: bool = False,
 ) -> None:
     """Write base_data from all rows of the .parquet files in an Azure container; carries on where it was stopped.
 
@@ -232,6 +238,7 @@ def azure(
     AZURE_STORAGE_KEY; without them the container must be public, or this machine have an identity that may read it.
 
     Args:
+        corpus: how it is cut, where it goes, and how it is made.
         container: its name.
         prefix: folder in it, or one file; default: all of it.
         account: the storage account; default: AZURE_STORAGE_ACCOUNT, or what the credentials name.
@@ -239,39 +246,34 @@ def azure(
         mode: stream reads the wanted columns where they are; bulk downloads the files first, and keeps them.
         skip_download: of bulk: use what was downloaded, without network.
         columns: what to keep, separated by commas.
-        rows_per_shard: documents per shard.
-        validation_rows: documents set aside for validation, at most a tenth of all.
         seed: chooses the validation documents.
-        output: folder of the corpus; default: base_data.
-        workers: downloads at once, and processes; default: one per core.
-        force: replace a corpus that is there, even one in use; says by whom.
     """
     import os
 
     from nanochat.corpus.azure import read_credentials
     from nanochat.corpus.download import prepare_azure
+    from nanochat.identity import usable_cores
     from nanochat.tracking.console import Console
 
     if credentials is not None:
         read_credentials(credentials)
     if account is not None:
         os.environ["AZURE_STORAGE_ACCOUNT"] = account
-    workspace = Workspace.from_environment()
     preparation = prepare_azure(
-        output or workspace.base_data,
+        corpus.folder,
         container,
         prefix,
-        workspace.downloads,
+        Workspace.from_environment().downloads,
         mode=mode,
         skip_download=skip_download,
         columns=tuple(columns.split(",")),
-        rows_per_shard=rows_per_shard,
-        validation_rows=validation_rows,
+        rows_per_shard=corpus.rows_per_shard,
+        validation_rows=corpus.validation_rows,
         seed=seed,
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=corpus.workers or usable_cores(),
         watch=Console().progress,
     )
-    _complete_corpus(preparation, workers, force)
+    _complete_corpus(preparation, corpus)
 
 
 def tokenize(*, workers: int | None = None) -> None:
@@ -453,15 +455,15 @@ def transfer(folder: Positional[Path], target: Annotated[Positional[str], arg(me
     print(" && \\\n".join(transfer_commands(folder, target)))
 
 
-def _complete_corpus(preparation: "Preparation", workers: int | None, force: bool) -> None:
+def _complete_corpus(preparation: "Preparation", corpus: CorpusSettings) -> None:
     """Make a corpus, unless it is there, and say what it holds."""
     from nanochat.corpus.preparation import complete, finished_manifest
     from nanochat.tracking.console import Console
 
     console = Console()
-    manifest = finished_manifest(preparation, force)
+    manifest = finished_manifest(preparation, corpus.force)
     if manifest is None:
-        manifest = complete(preparation, workers, console.progress, force=force, report=console.warning)
+        manifest = complete(preparation, corpus.workers, console.progress, force=corpus.force, report=console.warning)
     _describe_corpus(manifest, preparation.folder)
 
 

@@ -6,7 +6,6 @@ right gets its own name. The hub's library does neither: after a kill it starts 
 byte for the file.
 """
 
-import fcntl
 import hashlib
 import http.client
 import os
@@ -27,7 +26,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from nanochat.errors import DataError, NanochatError, UsageError
-from nanochat.files import fingerprint, sync_file, sync_folder
+from nanochat.files import fingerprint, lock_stream, sync_file, sync_folder
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -175,7 +174,7 @@ def _open_part(part: Path, path: Path) -> Iterator[BufferedRandom | None]:
     """A part of a file, locked, or `None` if another process made it the file meanwhile. An empty one does not stay."""
     while True:
         with closing(os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")) as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            lock_stream(stream, wait=True)
             # Whoever held the lock may have renamed or removed what was opened.
             if not (part.exists() and os.path.samestat(os.fstat(stream.fileno()), part.stat())):
                 if not path.exists():

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
 from nanochat.errors import NanochatError, UsageError
+from nanochat.identity import usable_cores
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -36,7 +37,7 @@ def run_tasks(
     """
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers cannot do anything", "use --workers 1 or more")
-    count = min(workers or len(os.sched_getaffinity(0)), len(tasks))
+    count = min(workers or usable_cores(), len(tasks))
     if count <= 1:
         for task in tasks:
             yield task, work(task)

@@ -29,6 +29,7 @@ from nanochat.files import (
     write_json,
     write_manifest,
 )
+from nanochat.identity import usable_cores
 from nanochat.loader.token_shards import (
     MANIFEST_KIND,
     MAX_VOCAB_SIZE,
@@ -110,11 +111,7 @@ def tokenize_corpus(
     """
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers cannot do anything", "use --workers 1 or more")
-    if workers is None:
-        # Not at the top, because that module imports torch, which nothing else here needs.
-        from nanochat.runtime import usable_cores
-
-        workers = usable_cores()
+    workers = workers or usable_cores()
     corpus = open_corpus(corpus_folder, CORPUS_COMMAND)
     tokenizer = Tokenizer.load(tokenizer_folder)
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:

@@ -6,7 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanochat.identity import IMAGE_MANIFEST, describe_commit, describe_image, installed_version, output_of
+from nanochat.identity import (
+    IMAGE_MANIFEST,
+    describe_commit,
+    describe_image,
+    installed_version,
+    output_of,
+    usable_cores,
+)
 
 PACKAGES = (
     "nanochat-hpc",
@@ -56,8 +63,7 @@ def _cpu() -> dict[str, Any]:
     if cpuinfo.is_file():
         names = [line for line in cpuinfo.read_text(errors="replace").splitlines() if line.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"model": model, "cores": cores}
+    return {"model": model, "cores": usable_cores()}
 
 
 def _memory_bytes() -> int:

@@ -13,7 +13,7 @@ import torch
 from nanochat.config import ModelConfig, TrainBaseConfig
 from nanochat.evaluation.bits_per_byte import bits_per_byte, unigram_bits_per_byte
 from nanochat.files import lock_folder, use_folders
-from nanochat.loader.batches import BatchLoader, LoaderConfig, validation_rows
+from nanochat.loader.batches import LoaderConfig, validation_rows
 from nanochat.loader.token_shards import TokenDataset
 from nanochat.model.generate import generate
 from nanochat.model.gpt import GPT
@@ -32,8 +32,8 @@ from nanochat.training.session import (
     cadence_of,
     checkpoint_to_resume,
     compiles,
-    device_rows,
     metrics_path,
+    open_loader,
     result_figures,
     resume_point,
     train_tracked,
@@ -167,22 +167,13 @@ def build_stage(
     optimizer = ShardedOptimizer(groups, work_dtype=runtime.compute_dtype, compile_muon=compiled)
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint.optimizer)
-    rows_per_step = recipe.total_batch_size // config.sequence_len
-    loader = BatchLoader(
-        inputs.train,
-        LoaderConfig(
-            sequence_len=config.sequence_len,
-            rows_per_batch=rows_per_step,
-            lanes=config.lanes,
-            pool_size=config.pool_size,
-            seed=config.seed,
-            remainders=config.remainders,
-        ),
-        device_batch_size=device_rows(rows_per_step, config.device_batch_size, runtime, console),
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        device=runtime.device,
-        state=checkpoint.state["loader"] if checkpoint is not None else None,
+    layout = LoaderConfig(
+        sequence_len=config.sequence_len,
+        rows_per_batch=recipe.total_batch_size // config.sequence_len,
+        lanes=config.lanes,
+        pool_size=config.pool_size,
+        seed=config.seed,
+        remainders=config.remainders,
     )
     max_rows = max(1, config.eval_tokens // config.sequence_len)
     validated = {key: validation_rows(dataset, config.sequence_len, max_rows) for key, dataset in validation.items()}
@@ -197,7 +188,7 @@ def build_stage(
         model=model,
         forward=torch.compile(model, dynamic=False) if compiled else model,
         optimizer=optimizer,
-        loader=loader,
+        loader=open_loader(inputs.train, layout, config.device_batch_size, checkpoint, runtime, console),
         schedule=lambda step: schedule_at(step, recipe.num_steps, schedule),
         evaluate=lambda: {
             key: bits_per_byte(model, rows, token_bytes, runtime, config.device_batch_size)

@@ -21,7 +21,7 @@ from nanochat.corpus.conversation import user
 from nanochat.errors import DataError, UsageError
 from nanochat.evaluation.bits_per_byte import bits_per_byte
 from nanochat.files import lock_folder, read_manifest, use_folders
-from nanochat.loader.batches import BatchLoader, LoaderConfig, validation_rows
+from nanochat.loader.batches import LoaderConfig, validation_rows
 from nanochat.loader.token_shards import MANIFEST_KIND, TokenDataset
 from nanochat.model.gpt import GPT
 from nanochat.optim.optimizer import ShardedOptimizer, check_coverage
@@ -40,8 +40,8 @@ from nanochat.training.session import (
     cadence_of,
     checkpoint_to_resume,
     compiles,
-    device_rows,
     metrics_path,
+    open_loader,
     result_figures,
     resume_point,
     train_tracked,
@@ -309,22 +309,13 @@ def build_stage(
         optimizer.load_state_dict(checkpoint.optimizer)
     elif config.warm_start:
         optimizer.load_state_dict(source.checkpoint.optimizer)
-    rows_per_step = recipe.total_batch_size // sequence_len
-    loader = BatchLoader(
-        inputs.train,
-        LoaderConfig(
-            sequence_len=sequence_len,
-            rows_per_batch=rows_per_step,
-            lanes=config.lanes,
-            pool_size=config.pool_size,
-            seed=config.seed,
-            remainders="pad",
-        ),
-        device_batch_size=device_rows(rows_per_step, config.device_batch_size, runtime, console),
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        device=runtime.device,
-        state=checkpoint.state["loader"] if checkpoint is not None else None,
+    layout = LoaderConfig(
+        sequence_len=sequence_len,
+        rows_per_batch=recipe.total_batch_size // sequence_len,
+        lanes=config.lanes,
+        pool_size=config.pool_size,
+        seed=config.seed,
+        remainders="pad",
     )
     rows = validation_rows(inputs.val, sequence_len, max(1, config.eval_tokens // sequence_len), remainders="pad")
     token_bytes = inputs.tokenizer.token_bytes()
@@ -346,7 +337,7 @@ def build_stage(
         model=model,
         forward=torch.compile(model, dynamic=False) if compiled else model,
         optimizer=optimizer,
-        loader=loader,
+        loader=open_loader(inputs.train, layout, config.device_batch_size, checkpoint, runtime, console),
         schedule=schedule,
         evaluate=lambda: {"epoch/bpb": bits_per_byte(model, rows, token_bytes, runtime, config.device_batch_size)},
         sample=lambda: draw_answers(model, inputs.tokenizer),

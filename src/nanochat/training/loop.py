@@ -29,8 +29,10 @@ from nanochat.optim.optimizer import ShardedOptimizer
 from nanochat.optim.schedules import StepSchedule
 from nanochat.runtime import (
     Runtime,
+    barrier,
     from_main,
     gather_from_ranks,
+    made_progress,
     peak_memory_bytes,
     random_state,
     restore_random_state,
@@ -202,6 +204,8 @@ def train(
             if cadence.due(cadence.sample_every, step) and step > 0:
                 samples = stage.sample() if runtime.is_main else []
                 trackers.samples(step, samples)
+                # A rank that went on would defer a stop that ends rank 0 here, and then wait for it in vain.
+                barrier()
             if step == cadence.num_steps:
                 break
 
@@ -305,6 +309,8 @@ def _forward_backward(stage: Stage, runtime: Runtime, stop: StopRequest) -> tupl
                 f"lower --device-batch-size, for example to {max(1, inputs_BT.size(0) // 2)}; the result is the same",
             ) from None
         totals[0] += loss.detach() / runtime.world_size
+        # A large batch on a slow device takes longer than any step should.
+        made_progress()
     totals[1] = float(stop.signal_name is not None)
     gradient_norm = stage.optimizer.reduce_gradients()
     loss_sum, stop_votes, norm = torch.cat((sum_over_ranks(totals), gradient_norm.view(1))).tolist()

@@ -13,7 +13,7 @@ from nanochat.checkpoint.trained_model import newest_checkpoint
 from nanochat.config import MachineConfig, TrainBaseConfig, TrainChatConfig
 from nanochat.errors import DataError
 from nanochat.files import read_manifest
-from nanochat.loader.batches import BatchLoader, LoaderStatistics
+from nanochat.loader.batches import BatchLoader, LoaderConfig, LoaderStatistics
 from nanochat.loader.token_shards import MANIFEST_KIND, TokenDataset
 from nanochat.runtime import Runtime, check_tf32, gather_from_ranks, run_on_main
 from nanochat.tokenizer.tokenizer import Tokenizer
@@ -126,6 +126,26 @@ def device_rows(rows_per_step: int, device_batch_size: int, runtime: Runtime, co
     if fitting <= min(device_batch_size, rows) // 2:
         console.warning(f"{rows} rows per device divide into passes of {fitting} only; a rounder batch would be faster")
     return fitting
+
+
+def open_loader(
+    data: TokenDataset,
+    layout: LoaderConfig,
+    device_batch_size: int,
+    checkpoint: Checkpoint | None,
+    runtime: Runtime,
+    console: Console,
+) -> BatchLoader:
+    """This rank's batches, from where the checkpoint left them or from the first."""
+    return BatchLoader(
+        data,
+        layout,
+        device_batch_size=device_rows(layout.rows_per_batch, device_batch_size, runtime, console),
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+        state=checkpoint.state["loader"] if checkpoint is not None else None,
+    )
 
 
 def train_tracked(

@@ -58,7 +58,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
-            self._seen = self._changed()
+            self._seen = self._stacks()
             self._thread.start()
         return self
 
@@ -82,15 +82,17 @@ class Watchdog:
             if left < 0:
                 quiet = time.monotonic() - self._fed
                 self._end(f"finished nothing for {quiet / 60:.1f} minutes")
-            elif self._changed() != self._seen:
+            elif self._stacks() - self._seen:
                 self._end("ends because another rank hangs")
 
-    def _changed(self) -> int:
-        """When a rank last wrote its stacks."""
-        try:
-            return self._folder.stat().st_mtime_ns
-        except OSError:
-            return 0
+    def _stacks(self) -> set[tuple[str, int]]:
+        """The stacks that lie there, and since when: whoever reads or deletes those of an earlier hang ends nobody."""
+        found = set()
+        with suppress(OSError):
+            for path in self._folder.glob("rank-*.txt"):
+                with suppress(FileNotFoundError):
+                    found.add((path.name, path.stat().st_mtime_ns))
+        return found
 
     def _end(self, why: str) -> None:
         path = self._folder / f"rank-{self._runtime.rank}.txt"
