@@ -157,12 +157,14 @@ def test_control_c_ends_first_the_answer_and_then_the_program(
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("> ")
         # Python does not notice a signal between showing the prompt and waiting for a key: a person tries again.
-        for _ in range(20):
+        tries = 0
+        while terminal.process.returncode is None and tries < 10:
+            tries += 1
             terminal.process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
-                assert terminal.process.wait(3) == 0
-                break
-        assert terminal.process.returncode == 0
+                terminal.process.wait(15)
+        # One that has heard the first and is slow to end dies of the second.
+        assert terminal.process.returncode in ((0,) if tries == 1 else (0, -signal.SIGINT))
 
 
 def test_control_d_ends_the_program(prepared_workspace: Workspace, tokenizer: Tokenizer) -> None:
