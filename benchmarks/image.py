@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 REPEATS = 7
@@ -58,8 +59,8 @@ def start_up(image: Path) -> dict[str, dict[str, float]]:
         bare = (here / program[0] if (here / program[0]).exists() else program[0], *program[1:])
         repeats = 3 if "torch" in name else REPEATS
         found[name] = {
-            "image": seconds_of(lambda program=program: run(*inside, *program), repeats),  # type: ignore[misc]
-            "bare": seconds_of(lambda bare=bare: run(*bare), repeats),  # type: ignore[misc]
+            "image": seconds_of(partial(run, *inside, *program), repeats),
+            "bare": seconds_of(partial(run, *bare), repeats),
         }
     return found
 

@@ -167,11 +167,7 @@ class Request:
 
 def examine(asked: Request) -> list[Finding]:
     """Make every check."""
-    return [
-        finding
-        for check in CHECKS
-        for finding in looked_at(check.subject, lambda check=check: check.run(asked))  # type: ignore[misc]
-    ]
+    return [finding for check in CHECKS for finding in looked_at(check.subject, partial(check.run, asked))]
 
 
 def require(asked: Request) -> None:
