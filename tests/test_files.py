@@ -154,6 +154,14 @@ def test_a_lease_of_another_host_is_stale_once_it_is_no_longer_renewed(tmp_path:
     assert leases(tmp_path)[0].is_stale
 
 
+def test_who_begins_to_read_forgets_who_has_gone(tmp_path: Path) -> None:
+    write_json(tmp_path / ".use-elsewhere-1-0", {"what": "gone", "host": "elsewhere", "pid": 1, "job": ""})
+    os.utime(tmp_path / ".use-elsewhere-1-0", (0, 0))
+    write_json(tmp_path / ".use-elsewhere-2-0", {"what": "alive", "host": "elsewhere", "pid": 2, "job": ""})
+    with use_folders("a run", tmp_path):
+        assert sorted(lease.what for lease in leases(tmp_path)) == ["a run", "alive"]
+
+
 def test_a_lease_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "LEASE_RENEWAL_SECONDS", 0.01)
     with use_folders("a run", tmp_path):

@@ -308,6 +308,7 @@ def use_folders(what: str, *folders: Path) -> Iterator[None]:
         for folder in folders:
             with suppress(OSError):
                 if folder.is_dir():
+                    _forget_stale(leases(folder))
                     path = folder.resolve() / name
                     write_json(
                         path, {"what": what, "host": host, "pid": pid, "job": os.environ.get("SLURM_JOB_ID", "")}
@@ -359,13 +360,19 @@ def refuse_if_used(
         UsageError: it is in use; names by whom.
     """
     found = leases(folder)
-    for lease in found:
-        if lease.is_stale:
-            lease.path.unlink(missing_ok=True)
+    _forget_stale(found)
     users = [lease for lease in found if not lease.is_own and not lease.is_stale]
     if users and not force:
         raise UsageError(f"{what} is in use by {'; '.join(map(str, users))}", fix)
     return users
+
+
+def _forget_stale(found: list[Lease]) -> None:
+    for lease in found:
+        if lease.is_stale:
+            # It may be another user's.
+            with suppress(OSError):
+                lease.path.unlink(missing_ok=True)
 
 
 def _runs(pid: int) -> bool:

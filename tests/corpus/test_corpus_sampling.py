@@ -2,7 +2,8 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -16,11 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fat_corpus import COLUMNS, SILENT, run_killed, shard_bytes, shard_rows, source_rows, write_fat_corpus, write_rows
-from nanochat.corpus.preparation import Preparation, complete, finished_manifest, make_part
+from nanochat.corpus.preparation import Preparation, Progress, complete, finished_manifest, make_part
 from nanochat.corpus.sampling import Draw, prepare_subset
 from nanochat.corpus.shards import open_corpus, read_texts, write_corpus
 from nanochat.corpus.sources import SourceFile, SourceRequest
 from nanochat.errors import UsageError
+from nanochat.files import leases
 
 fresh_name = count()
 
@@ -188,6 +190,33 @@ def test_what_is_there_already_is_kept_and_another_corpus_never_replaced_unasked
     assert finished_manifest(other, force=True) is None
     assert complete(other, 1, SILENT, force=True)["source"]["draw_seed"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_finished_corpus_asked_for_again_is_found_without_writing_anything(fat: Path, tmp_path: Path) -> None:
+    made = complete(prepared(tmp_path / "corpus", fat), 1, SILENT)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path, tmp_path / "corpus")}
+    assert finished_manifest(prepared(tmp_path / "corpus", fat), force=False) == made
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_folder_that_is_read_says_so_until_the_corpus_is_made(fat: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def watch(what: str, total: int) -> Iterator[Progress]:
+        seen.extend(f"{what}: {lease.what}" for lease in leases(fat))
+        with SILENT(what, total) as progress:
+            yield progress
+
+    make_part(prepared(tmp_path / "corpus", fat), "1/2", 1, watch)
+    complete(prepared(tmp_path / "corpus", fat), 1, watch)
+    making = f"the making of {tmp_path / 'corpus'}"
+    assert seen == [
+        f"reading: part 1/2 of {tmp_path / 'corpus'}",
+        f"reading: {making}",
+        f"writing shards: {making}",
+    ]
+    assert leases(fat) == []
 
 
 def test_unfinished_work_on_another_corpus_is_not_mixed_in(fat: Path, tmp_path: Path) -> None:

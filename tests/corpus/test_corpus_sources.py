@@ -55,6 +55,16 @@ def texts_of(folder: Path, place: Path) -> dict[str, Any]:
     return complete(preparation, 1, SILENT)
 
 
+def test_a_link_to_a_file_is_read_and_one_to_nothing_is_missed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "elsewhere.parquet", pa.table({"text": [f"text {number}" for number in range(20)]}))
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.parquet").symlink_to(tmp_path / "elsewhere.parquet")
+    assert texts_of(tmp_path / "corpus", tmp_path / "source")["details"]["rows_read"] == 20
+    (tmp_path / "source" / "b.parquet").symlink_to(tmp_path / "nowhere.parquet")
+    with pytest.raises(UsageError, match=r"b\.parquet is not there"):
+        texts_of(tmp_path / "other", tmp_path / "source")
+
+
 def wanted_bytes(folder: Path, columns: tuple[str, ...]) -> int:
     total = 0
     for path in folder.rglob("train-*.parquet"):

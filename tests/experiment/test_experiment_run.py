@@ -181,6 +181,24 @@ def test_a_run_that_goes_on_with_other_code_tells_of_both(toy: Toy, tmp_path: Pa
     }
 
 
+def test_a_run_that_fails_before_its_first_step_leaves_no_record(toy: Toy, tmp_path: Path) -> None:
+    experiment, places = toy
+    there = ExperimentFolder(tmp_path / "there", Workspace(tmp_path))
+    shutil.copytree(places.root, there.root, ignore=shutil.ignore_patterns("results", "*_checkpoints", "runs"))
+    tokens = next(there.arm("clean").tokens.glob("train_*.tokens*"))
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DataError, match="does not match its checksum"):
+        train((experiment, there), "clean", 1)
+    assert read_results(experiment, there) == {}
+    # One that may have trained elsewhere is not forgotten.
+    begun = {**read_json(places.result("clean", 1)), "state": "started"}
+    write_json(there.result("clean", 1), begun)
+    with pytest.raises(DataError, match="does not match its checksum"):
+        train((experiment, there), "clean", 1)
+    assert list(read_results(experiment, there)) == [("clean", 1)]
+
+
 def test_what_is_not_in_the_file_is_refused(toy: Toy, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no seed 7 — choose of 1, 2"):
         train(toy, "clean", 7)

@@ -67,6 +67,7 @@ def test_commands_that_make_data_may_be_pasted_as_they_are_typed(tmp_path: Path)
         ("depth = 1", "detph = 1", "there is no settings.detph — did you mean depth"),
         ("depth = 1", 'depth = "1"', "settings.depth is '1' — give a whole number"),
         ("depth = 1", "depth = true", "settings.depth is True"),
+        ("depth = 1", "depth = 1\nmatrix_lr = nan", "--matrix-lr is nan — give --matrix-lr a number of 0 or more"),
         ("depth = 1", "seed = 1", "settings.seed is not for this table — list the seeds"),
         ("depth = 1", "num_steps = 10", "settings.num_steps is not for this table — set the budget"),
         ("depth = 1", 'dtype = "float32"', "--dtype"),

@@ -248,12 +248,27 @@ def prepare(
         )
     layout = {"rows_per_shard": rows_per_shard, "validation_rows": validation_rows, "seed": seed}
     everything = {"title": title, **asdict(request), **asked, "columns": list(columns), **layout}
-    source = _pinned_source(folder, everything, request.list)
-    return Preparation(folder, source, choice(source), columns, rows_per_shard, validation_rows, seed, title)
+
+    def preparation(source: Source) -> Preparation:
+        return Preparation(folder, source, choice(source), columns, rows_per_shard, validation_rows, seed, title)
+
+    return preparation(_pinned_source(folder, everything, request.list, lambda source: _is_made(preparation(source))))
 
 
-def _pinned_source(folder: Path, request: dict[str, Any], list_source: Callable[[], Source]) -> Source:
-    """The source of a corpus in the making: as its first process found it, for all that join in or carry on."""
+def _is_made(preparation: Preparation) -> bool:
+    try:
+        return existing_manifest(preparation.folder, preparation.identity) is not None
+    except (UsageError, DataError):
+        return False
+
+
+def _pinned_source(
+    folder: Path, request: dict[str, Any], list_source: Callable[[], Source], is_made: Callable[[Source], bool]
+) -> Source:
+    """The source of a corpus in the making: as its first process found it, for all that join in or carry on.
+
+    Of a corpus that is there already nothing is written: it may lie where nothing can be.
+    """
     work = work_folder(folder)
     path = work / PLAN_NAME
     if path.exists() and _is_other(path, request):
@@ -264,7 +279,10 @@ def _pinned_source(folder: Path, request: dict[str, Any], list_source: Callable[
             )
         path.unlink()
     if not path.exists():
-        plan = {"format": FORMAT, "request": request, "source": list_source().as_json()}
+        source = list_source()
+        if is_made(source):
+            return source
+        plan = {"format": FORMAT, "request": request, "source": source.as_json()}
         temporary = temporary_sibling(path)
         write_json(temporary, plan)
         # Unlike a rename, a link never replaces: the first of several parts decides for all.
@@ -322,7 +340,7 @@ def make_part(preparation: Preparation, part: str, workers: int | None, watch: W
     if not given or not 1 <= int(given[1]) <= int(given[2]):
         raise UsageError(f"{part!r} is no part", "give --part I/N with I from 1 to N, for example --part 3/8")
     lock_folder(preparation.work, str(preparation.folder)).close()
-    with use_folders(f"part {part} of {preparation.folder}", preparation.work):
+    with use_folders(f"part {part} of {preparation.folder}", preparation.work, *preparation.source.folders):
         _make_pieces(
             preparation, range(int(given[1]) - 1, len(preparation.source.files), int(given[2])), workers, watch
         )
@@ -355,7 +373,7 @@ def complete(
         DataError, NanochatError: a source file is damaged or cannot be reached.
     """
     work, folder = preparation.work, preparation.folder
-    with lock_folder(work, str(folder)):
+    with lock_folder(work, str(folder)), use_folders(f"the making of {folder}", *preparation.source.folders):
         for lease in refuse_if_used(work, str(work), force=force, fix=OVERRIDE):
             report(f"overriding {lease}")
         receipts = _make_pieces(preparation, range(len(preparation.source.files)), workers, watch)

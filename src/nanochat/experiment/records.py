@@ -1,8 +1,8 @@
 """What an experiment leaves on disk, and whether it still belongs together.
 
 `prepared.json` says what was prepared from what. `results/ARM-sSEED.json` is written when a run starts and again when
-it has ended: what it was trained with, then how good it is. Both are read before anything is done, so that nothing
-is ever compared that differs in more than its file declares.
+it has ended: what it was trained with, then how good it is; a run that fails before its first checkpoint takes it back.
+Both are read before anything is done, so that nothing is ever compared that differs in more than its file declares.
 """
 
 import dataclasses

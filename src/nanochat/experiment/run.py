@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nanochat.checkpoint.folders import list_steps
 from nanochat.checkpoint.trained_model import TrainedModel, load_trained_model
 from nanochat.config import MachineConfig, RunConfig, StageName
 from nanochat.errors import DataError, UsageError
@@ -34,7 +35,7 @@ from nanochat.tracking.environment import describe_environment
 from nanochat.tracking.keys import BPB, FLOPS, SMOOTHED_LOSS, TOKENS, TRAIN_SECONDS
 from nanochat.tracking.metrics import read
 from nanochat.tracking.wandb_run import EXPERIMENTS_PROJECT
-from nanochat.training.session import metrics_path
+from nanochat.training.session import metrics_path, number_format
 from nanochat.workspace import Stage
 
 # A curve for a picture and a table needs no more points, however long the run.
@@ -87,12 +88,22 @@ def run_arm(
     what = f"the arm {arm.name} with seed {seed} of {experiment.name}"
     with run_on_main(lambda: lock_folder(workspace.run(run), what)) or contextlib.nullcontext():
         run_on_main(lambda: _check_prepared(experiment, folder, arm, prepared))
-        done = run_on_main(lambda: _start(experiment, folder, arm, seed, prepared, runtime, allow_other_software))
+        is_first_start = not folder.result(arm.name, seed).exists()
+        done = run_on_main(
+            lambda: _start(experiment, folder, arm, seed, machine, prepared, runtime, allow_other_software)
+        )
         if from_main(done is not None):
             console.info(f"{run}: already done, {folder.result(arm.name, seed)}")
             return done or {}
         stages: tuple[StageName, ...] = experiment.stages
-        run_pipeline(config, workspace, runtime, stages)
+        try:
+            run_pipeline(config, workspace, runtime, stages)
+        except BaseException:
+            checkpoints = workspace.checkpoints("base", config.base.tag)
+            if runtime.is_main and is_first_start and not list_steps(checkpoints):
+                # Nothing is left of the run that a later one could differ from.
+                folder.result(arm.name, seed).unlink(missing_ok=True)
+            raise
         trained = load_trained_model(workspace, "base", config.base.tag, runtime, console)
         final = {
             f"bpb/{name}": _validate(trained, experiment, folder, name, runtime, config.base.device_batch_size)
@@ -148,6 +159,7 @@ def _start(
     folder: ExperimentFolder,
     arm: Arm,
     seed: int,
+    machine: MachineConfig,
     prepared: Mapping[str, Any],
     runtime: Runtime,
     allow_other_software: bool,
@@ -158,7 +170,7 @@ def _start(
         The record if the run has finished before, else None.
     """
     results = read_results(experiment, folder)
-    dtype = str(runtime.compute_dtype).removeprefix("torch.")
+    dtype = number_format(machine, runtime)
     now = software()
     seen = {key: {**record, "software": now} if allow_other_software else record for key, record in results.items()}
     if hidden := hidden_differences(experiment, prepared, seen, now, dtype):
