@@ -109,7 +109,7 @@ def lock(session: nox.Session) -> None:
             torch = [str(asked), *(f"--find-links={link}" for link in links), *from_index]
         session.run(
             *("uv", "pip", "compile", "--quiet", "pyproject.toml", "--generate-hashes", *torch),
-            *("--extra=frozen", "--extra=azure", "--extra=tensorboard"),
+            *("--extra=frozen", "--extra=azure", "--extra=tensorboard", "--extra=fast"),
             # Debian 12's Python and C library. No addresses, so that a lock is the same behind a mirror.
             *("--python-version=3.11", "--python-platform=x86_64-manylinux_2_36", "--only-binary=:all:", *upgrade),
             *("--no-emit-index-url", "--no-emit-find-links", "--no-annotate", "--no-header", f"--output-file={result}"),

@@ -92,6 +92,14 @@ def test_the_result_does_not_depend_on_the_number_of_workers(
     assert manifest["fingerprint"] == fingerprint(finished)
 
 
+def test_without_fastokens_the_shards_are_the_same_bytes(
+    corpus: Path, tokenizer: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    tokenize_corpus(corpus, tokenizer, tmp_path, workers=1, progress=silent)
+    assert contents(tmp_path) == contents(finished)
+
+
 def test_a_run_stopped_after_any_shard_goes_on_without_redoing_that_shard(
     corpus: Path, tokenizer: Path, finished: Path, tmp_path: Path
 ) -> None:

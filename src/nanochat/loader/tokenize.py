@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ from nanochat.loader.token_shards import (
     Split,
     write_shard,
 )
+from nanochat.tokenizer.bulk import BulkEncoder
 from nanochat.tokenizer.tokenizer import Tokenizer
 
 CORPUS_COMMAND = "nanochat data builtin (or the command that made this corpus)"
 RECEIPT_SUFFIX = ".receipt.json"
+TEXTS_PER_BATCH = 256
 
 # To be raised when the same text and tokenizer give other bytes than before, so that old shards are made
 # anew.
@@ -135,7 +138,7 @@ def tokenize_corpus(
     receipts: dict[str, dict[str, Any]] = {}
     num_workers = min(workers, len(tasks))
     with use_folders(f"tokenising into {out}", corpus_folder):
-        for task, receipt in _receipts(tasks, num_workers, tokenizer_folder, tokenizer):
+        for task, receipt in _receipts(tasks, num_workers, tokenizer_folder, BulkEncoder(tokenizer)):
             receipts[task.stem] = receipt
             tokens_done += receipt["tokens"]
             if progress is not None:
@@ -157,29 +160,29 @@ def tokenize_corpus(
     return write_manifest(out, MANIFEST_KIND, files, tokenizer=about, corpus=corpus.fingerprint, totals=totals)
 
 
-def tokenize_shard(task: ShardTask, tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenize_shard(task: ShardTask, encoder: BulkEncoder) -> dict[str, Any]:
     """Make one token shard, or check the one that is there. Returns its receipt.
 
     Empty texts are skipped and counted: a document that is BOS alone would teach that BOS follows BOS.
 
     Raises:
-        DataError: the text shard is missing, damaged or not what the corpus says.
+        DataError: the text shard is missing, damaged or not what the corpus says; or fastokens gives wrong ids.
     """
     finished = _finished_receipt(task)
     if finished is not None:
         return finished
     verify_files(task.corpus_folder, [task.entry], CORPUS_COMMAND)
-    tokens, offsets = array("H"), array("q", [0])
+    tokens, lengths = array("H"), array("q", [0])
     text_bytes = empty = 0
-    for text in read_column(task.corpus_folder / task.entry["name"], TEXT_COLUMN, CORPUS_COMMAND):
-        if not text:
-            empty += 1
-            continue
-        text_bytes += len(text.encode())
-        tokens.append(tokenizer.bos_id)
-        tokens.fromlist(tokenizer.encode(text))
-        offsets.append(len(tokens))
-    token_array, offset_array = np.frombuffer(tokens, np.uint16), np.frombuffer(offsets, np.int64)
+    texts = read_column(task.corpus_folder / task.entry["name"], TEXT_COLUMN, CORPUS_COMMAND)
+    while batch := list(islice(texts, TEXTS_PER_BATCH)):
+        documents = [text for text in batch if text]
+        empty += len(batch) - len(documents)
+        text_bytes += sum(len(text.encode()) for text in documents)
+        ids, id_counts = encoder.encode(documents)
+        tokens.frombytes(ids.tobytes())
+        lengths.frombytes(id_counts.tobytes())
+    token_array, offset_array = np.frombuffer(tokens, np.uint16), np.frombuffer(lengths, np.int64).cumsum()
     files = write_shard(task.out, task.stem, task.split, token_array, offset_array)
     receipt = {
         "made_from": task.made_from,
@@ -235,22 +238,22 @@ def _remove_leftovers(out: Path, stems: set[str]) -> None:
 
 
 def _receipts(
-    tasks: list[ShardTask], num_workers: int, tokenizer_folder: Path, tokenizer: Tokenizer
+    tasks: list[ShardTask], num_workers: int, tokenizer_folder: Path, encoder: BulkEncoder
 ) -> Iterator[tuple[ShardTask, dict[str, Any]]]:
     """Yield tasks with their receipts as they finish. One worker is this process itself, ready at once."""
     if num_workers == 1:
         for task in tasks:
-            yield task, tokenize_shard(task, tokenizer)
+            yield task, tokenize_shard(task, encoder)
         return
     work = partial(_tokenize_in_worker, tokenizer_folder)
     yield from run_tasks(work, tasks, num_workers, f"tokenised {tasks[0].corpus_folder}")
 
 
 def _tokenize_in_worker(tokenizer_folder: Path, task: ShardTask) -> dict[str, Any]:
-    return tokenize_shard(task, _tokenizer_of_worker(tokenizer_folder))
+    return tokenize_shard(task, _encoder_of_worker(tokenizer_folder))
 
 
 @lru_cache(maxsize=1)
-def _tokenizer_of_worker(folder: Path) -> Tokenizer:
+def _encoder_of_worker(folder: Path) -> BulkEncoder:
     """Loaded once per worker process. Not for the parent, in whose lifetime the folder may be replaced."""
-    return Tokenizer.load(folder)
+    return BulkEncoder(Tokenizer.load(folder))

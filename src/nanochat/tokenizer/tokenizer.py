@@ -132,7 +132,7 @@ class Tokenizer:
         """
         if len(text) <= WHITESPACE_RUN_LIMIT:
             return self._encoding.encode_ordinary(text)
-        return [token_id for part in _safe_parts(text) for token_id in self._encoding.encode_ordinary(part)]
+        return [token_id for part in safe_parts(text) for token_id in self._encoding.encode_ordinary(part)]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         """The ids of each text, in order.
@@ -170,6 +170,10 @@ class Tokenizer:
         lengths = [len(token) for token in self.mergeable_tokens] + [0] * len(SPECIAL_TOKENS)
         return np.array(lengths, dtype=np.int64)
 
+    def ranks(self) -> str:
+        """The mergeable tokens in tiktoken's file format, as `parse_ranks` reads it."""
+        return "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(self.mergeable_tokens))
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer as a folder that appears whole or not at all, replacing one that is there.
 
@@ -179,7 +183,6 @@ class Tokenizer:
         Raises:
             OSError: the folder cannot be written. An older tokenizer in it is then untouched.
         """
-        ranks = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(self.mergeable_tokens))
         config = {
             "pattern": self.pattern,
             "digit_group": self.digit_group,
@@ -188,7 +191,7 @@ class Tokenizer:
             "corpus_fingerprint": self.corpus_fingerprint,
         }
         with whole_folder(folder) as new:
-            write_text(new / RANKS_NAME, "".join(ranks))
+            write_text(new / RANKS_NAME, self.ranks())
             write_json(new / CONFIG_NAME, config)
             write_text(new / HUGGINGFACE_NAME, huggingface_tokenizer(self).to_str())
             files = [file_entry(new / name) for name in (RANKS_NAME, CONFIG_NAME, HUGGINGFACE_NAME)]
@@ -245,11 +248,14 @@ def parse_ranks(content: bytes) -> list[bytes]:
     return tokens
 
 
-def _safe_parts(text: str) -> Iterator[str]:
+def safe_parts(text: str) -> Iterator[str]:
     """Cut a text inside whitespace runs that the regex engine cannot take whole.
 
     Python's `\\s` contains all whitespace of tiktoken's engine. The look-behind keeps the search linear.
     """
+    if len(text) <= WHITESPACE_RUN_LIMIT:
+        yield text
+        return
     start = 0
     for run in re.finditer(rf"(?<!\s)\s{{{WHITESPACE_RUN_LIMIT},}}", text):
         for cut in range(run.start() + WHITESPACE_RUN_LIMIT, run.end(), WHITESPACE_RUN_LIMIT):
