@@ -5,8 +5,11 @@
 A model of random weights and one prompt of random tokens, greedy, for batches of 1, 8 and 64 rows. Both sides compute
 in the same dtype. `first token` is the time to it, `tokens/s` is of all that follow, over all rows. To decode a token
 every weight must be read once, so the bandwidth that a plain copy reaches on this device is the limit for a batch of
-one; `of limit` is the share of it. The peer computes a prompt once and copies the cache to all rows; ours takes rows
-with prompts of their own, so the same prompt is computed for each: its time to the first token of a batch tells.
+one; `of limit` is the share of it. As the rows have one prompt, both sides compute it once. `own prompts` is ours with
+rows that differ from the first token on; the peer takes one prompt only.
+
+Then a chat of a few turns: the time to the first token of each turn, with what the turns before have left in the cache
+and without. The peer computes all of a conversation at each turn.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from nanochat.runtime import cpu_has_fast_bfloat16
 from nanochat.tokenizer.train import train_tokenizer
 
 BATCH_SIZES = (1, 8, 64)
+CHAT_TURNS = 5
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,33 @@ def build_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     return model
 
 
-def our_timings(
-    engine: Engine, prompt: list[int], rows: int, new_tokens: int, repeats: int
-) -> list[tuple[float, float]]:
+def our_timings(engine: Engine, prompts: list[list[int]], new_tokens: int, repeats: int) -> list[tuple[float, float]]:
     """Seconds to the first and to the last token of all rows."""
-    timings = []
+    rows, timings = len(prompts), []
     for _ in range(repeats + 1):
         ends = []
         for count in (1, new_tokens):
             began = time.perf_counter()
-            answers = engine.generate([prompt] * rows, Sampling(max_new_tokens=count), batch_size=rows)
+            answers = engine.generate(prompts, Sampling(max_new_tokens=count), batch_size=rows)
             ends.append(time.perf_counter() - began)
             assert all(len(answer) == count for answer in answers), "a row stopped early: take another seed"
         timings.append((ends[0], ends[1]))
     return timings[1:]
+
+
+def chat_seconds(engine: Engine, prompt: list[int], new_tokens: int, *, keeps: bool) -> list[float]:
+    """Seconds to the first token of each turn of a conversation, whose questions are as long as the prompt."""
+    text, seconds = list[int](), []
+    for turn in range(CHAT_TURNS):
+        if not keeps:
+            engine.forget()
+        text += [turn, *prompt[1:]]
+        began = time.perf_counter()
+        stream = engine.stream(text, Sampling(max_new_tokens=new_tokens))
+        answer = [next(stream)]
+        seconds.append(time.perf_counter() - began)
+        text += [*answer, *stream]
+    return seconds
 
 
 def copy_bytes_per_second(device: torch.device) -> float:
@@ -130,10 +147,20 @@ def main() -> None:
     # Its special tokens are all that matters: a model of random weights says none of them.
     engine = Engine(build_model(config, device, dtype), train_tokenizer(["no words"], vocab_size=266, max_chars=100))
     prompt = torch.randint(config.vocab_size, (asked.prompt_tokens,)).tolist()
-    ours = {
-        rows: speed(our_timings(engine, prompt, rows, asked.new_tokens, asked.repeats), asked.new_tokens, rows)
-        for rows in BATCH_SIZES
-    }
+    ours: dict[int, Speed] = {}
+    own_prompts: dict[int, Speed] = {}
+    for rows in BATCH_SIZES:
+        alike, different = [prompt] * rows, [[row, *prompt[1:]] for row in range(rows)]
+        for found, prompts in ((ours, alike), (own_prompts, different)):
+            timings = our_timings(engine, prompts, asked.new_tokens, asked.repeats)
+            found[rows] = speed(timings, asked.new_tokens, rows)
+    turn_tokens = min(asked.prompt_tokens, asked.sequence_len // CHAT_TURNS - asked.new_tokens)
+    chat: dict[str, list[float]] = {}
+    if turn_tokens > 0:
+        for name, keeps in (("warm-up", True), ("kept", True), ("not kept", False)):
+            engine.forget()
+            chat[name] = chat_seconds(engine, prompt[:turn_tokens], asked.new_tokens, keeps=keeps)
+        del chat["warm-up"]
     theirs: dict[int, Speed] = {}
     skipped = None if asked.peer else "no --peer checkout given"
     if asked.peer:
@@ -141,27 +168,32 @@ def main() -> None:
             theirs = peer_speeds(asked.peer.resolve(), config, asked, str(dtype).removeprefix("torch."))
         except RuntimeError as error:
             skipped = f"it failed: {error}"
-    # Embeddings are looked up, a row each; all else is read whole for every token.
-    looked_up = ("transformer.wte.", "value_embeds.")
-    read = sum(p.nbytes for name, p in engine.model.named_parameters() if not name.startswith(looked_up))
+    read = engine.network.bytes_per_step
     limit = copy_bytes_per_second(device) / 2 / read
     tokens = f"{asked.prompt_tokens} + {asked.new_tokens} tokens"
     print(f"d{asked.depth}, {dtype}, {asked.device}, {tokens}, torch {torch.__version__}")
     print(f"limit for one row: {limit:,.0f} tokens/s, {read / 1e6:,.0f} MB of weights for each")
     print(
-        f"{'rows':>6}{'ours: first token':>20}{'tokens/s':>12}{'of limit':>10}{'peer: first token':>20}{'tokens/s':>12}"
+        f"{'rows':>6}{'ours: first token':>20}{'tokens/s':>12}{'of limit':>10}"
+        f"{'own prompts':>14}{'peer: first token':>20}{'tokens/s':>12}"
     )
     for rows, mine in ours.items():
         share = f"{mine.tokens_per_second / limit:.0%}" if rows == 1 else ""
         line = f"{rows:6}{mine.first_token_seconds:18.3f} s{mine.tokens_per_second:12,.1f}{share:>10}"
+        line += f"{own_prompts[rows].first_token_seconds:12.3f} s"
         peer = theirs.get(rows)
         print(line + (f"{peer.first_token_seconds:18.3f} s{peer.tokens_per_second:12,.1f}" if peer else ""))
+    for name, seconds in chat.items():
+        shown = " ".join(f"{1000 * turn:.1f}" for turn in seconds)
+        print(f"chat of {CHAT_TURNS} turns, {turn_tokens} + {asked.new_tokens} tokens each, {name}: {shown} ms")
     if skipped:
         print(f"karpathy/nanochat skipped: {skipped}")
     result = {
         "settings": {name: value for name, value in vars(asked).items() if name != "peer"} | {"dtype": str(dtype)},
         "limit_tokens_per_second": limit,
         "ours": {rows: asdict(found) for rows, found in ours.items()},
+        "own_prompts": {rows: asdict(found) for rows, found in own_prompts.items()},
+        "chat_first_token_seconds": chat,
         "peer": {rows: asdict(found) for rows, found in theirs.items()},
         "peer_skipped": skipped,
     }

@@ -7,7 +7,8 @@ Both sides get the same text (the built-in corpus, or shards in --data), token i
 same threads. Each keeps its own default hyperparameters, schedules, initial weights and data order: equal
 hyperparameters are not the point, the result is.
 
-- Ours is `nanochat train base` at its defaults: eager on a CPU, and with --compile also compiled; compiled on a GPU.
+- Ours is `nanochat train base` at its defaults: eager on a CPU, and with --compile also compiled; compiled on a GPU,
+  in bfloat16, and with --fp8 also in fp8, and the faster of the two is compared.
 - The peer is its own `scripts.base_train`: torch.compile of the model and of the optimizer is always on there, and its
   scaling rules choose the learning rates. Its default on a CPU is float32; where the CPU has bfloat16 that is tried
   too, and the faster of the two is compared. On a GPU it is bfloat16, and with --fp8 also its fp8.
@@ -180,7 +181,7 @@ class Bench:
     def train(self, mode: Mode, steps: int, name: str = "") -> Training:
         """Train in a process of its own; `name` asks for a score too, without it the training is a probe."""
         print(f"{mode}: {name or 'probe'}, {steps} steps", file=sys.stderr, flush=True)
-        run = f"{name or 'probe'}-{mode.side}-{mode.dtype}-{mode.compiled}"
+        run = f"{name or 'probe'}-{mode.side}-{'fp8' if mode.fp8 else mode.dtype}-{mode.compiled}"
         if mode.side == "ours":
             command, source, base = self._our_command(mode, steps, run), str(OUR_SOURCE), self.ours.root
         else:
@@ -236,7 +237,8 @@ class Bench:
             # The checkpoint is scored here, so the trainer's own validation at the end can be short.
             "eval-tokens": self.shape.sequence_len,
         }
-        return ["-m", "nanochat", "train", "base", *(f"--{name}={value}" for name, value in flags.items())]
+        words = ["-m", "nanochat", "train", "base", *(f"--{name}={value}" for name, value in flags.items())]
+        return [*words, "--fp8"] if mode.fp8 else words
 
     def _peer_command(self, steps: int, *, fp8: bool, scored: bool) -> list[str]:
         flags = {
@@ -330,7 +332,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="training time of the peer, and so of ours")
     parser.add_argument("--compile", action="store_true", help="on a CPU, probe ours with torch.compile too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--fp8", action="store_true", help="on a GPU, probe the peer with fp8 too")
+    parser.add_argument("--fp8", action="store_true", help="on a GPU, probe both with fp8 too")
     parser.add_argument("--data", type=Path, help="a folder of shard_*.parquet, which gets a manifest if it has none")
     parser.add_argument("--probe-steps", type=int, default=20, help="steps that measure the speed of a mode")
     parser.add_argument("--threads", type=int, default=usable_cores())
@@ -354,6 +356,7 @@ def main() -> None:
     dtypes = ("bfloat16",) if on_gpu else ("float32", "bfloat16") if cpu_has_fast_bfloat16() else ("float32",)
     compilations = (True,) if on_gpu else (False, True) if arguments.compile else (False,)
     our_modes = [Mode("ours", dtype, compiled) for compiled in compilations for dtype in dtypes]
+    our_modes += [Mode("ours", "bfloat16", compiled=True, fp8=True)] if on_gpu and arguments.fp8 else []
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         checkout = arguments.peer and arguments.peer.resolve()
@@ -363,6 +366,8 @@ def main() -> None:
         bench.prepare(arguments.vocab_size, arguments.eval_rows, arguments.data)
         probes = {mode: bench.train(mode, arguments.probe_steps) for mode in our_modes}
         default = Mode("ours", dtypes[-1], compiled=compilations[0])
+        if on_gpu:
+            default = min(our_modes, key=lambda mode: probes[mode].step_seconds)
         skipped = why_no_peer(bench.peer)
         trainings = {}
         if skipped is None:

@@ -1,10 +1,13 @@
 """One dial derives a model, and numbers that cannot be trained with are refused with the flag to change."""
 
+import math
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.config import TrainBaseConfig, model_from_depth
+from nanochat.config import TrainBaseConfig, TrainSFTConfig, model_from_depth
 from nanochat.errors import UsageError
 
 
@@ -43,6 +46,45 @@ def test_value_embeddings_alternate_and_end_on_the_last_layer() -> None:
 def test_settings_that_cannot_train_are_refused(flags: dict[str, float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TrainBaseConfig(**flags)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf])
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        *(
+            (TrainBaseConfig, name)
+            for name in (
+                "embedding_lr",
+                "unembedding_lr",
+                "matrix_lr",
+                "scalar_lr",
+                "weight_decay",
+                "warmdown_ratio",
+                "final_lr_fraction",
+                "stall_minutes",
+                "target_flops",
+                "target_epochs",
+                "data_param_ratio",
+            )
+        ),
+        *(
+            (TrainSFTConfig, name)
+            for name in ("lr_fraction", "batch_fraction", "weight_decay", "warmdown_ratio", "target_epochs")
+        ),
+    ],
+)
+def test_no_rate_share_or_horizon_is_negative_or_infinite_or_no_number(
+    config: Callable[..., object], name: str, value: float
+) -> None:
+    with pytest.raises(UsageError, match=rf"^--{name.replace('_', '-')} is {value}"):
+        config(**{name: value})
+
+
+def test_rates_of_zero_freeze_and_are_allowed() -> None:
+    TrainBaseConfig(embedding_lr=0.0, weight_decay=0.0, warmdown_ratio=0.0, final_lr_fraction=1.0, stall_minutes=0.0)
+    with pytest.raises(UsageError, match=r"^--warmdown-ratio is 1.5 — give --warmdown-ratio a number of 0 to 1$"):
+        TrainBaseConfig(warmdown_ratio=1.5)
 
 
 @pytest.mark.parametrize("change", [{"num_kv_heads": 4}, {"window_pattern": "SX"}, {"window_pattern": ""}])

@@ -21,6 +21,7 @@ from nanochat.runtime import (
     choose_compute_dtype,
     from_main,
     gather_from_ranks,
+    grow_memory_in_place,
     random_state,
     restore_random_state,
     run_on_main,
@@ -79,6 +80,16 @@ def test_ranks_share_the_usable_cores_unless_told_otherwise(
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_how_torch_holds_memory_is_set_unless_somebody_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    grow_memory_in_place()
+    assert os.environ == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    monkeypatch.setattr(os, "environ", {name: ""})
+    grow_memory_in_place()
+    assert os.environ == {name: ""}
 
 
 def test_one_process_needs_no_group() -> None:

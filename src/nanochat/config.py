@@ -3,6 +3,7 @@
 Nothing here imports torch: help and preflight read these classes on login nodes, in milliseconds.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Literal, get_args
 from nanochat.errors import UsageError
 
 Variant = Literal["modern", "classic"]
+AttentionName = Literal["auto", "fa3", "fa4", "varlen", "sdpa"]
 Remainders = Literal["keep", "drop"]
 StageName = Literal["corpus", "tokenizer", "tokenize", "base", "mid", "sft", "eval", "report"]
 ALL_STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -143,8 +145,16 @@ class MachineConfig:
     """Where to train. auto: the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and matmuls; weights and optimizer stay float32. auto: bfloat16 where it is fast."""
+    fp8: bool = False
+    """Train the block matrices with products in fp8, on GPUs from Ada and Hopper on; pays from about depth 20 on.
+    Values are scaled per forward pass: another --device-batch-size gives a slightly different result."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on a GPU."""
+    attention: AttentionName = "auto"
+    """Attention kernels: FlashAttention 3 or 4, PyTorch's for GPUs, or for all devices. auto: the first of them that is
+    there and exact."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients travel between ranks. bfloat16 halves what a slow network has to carry, and rounds."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """W&B mode. auto: what WANDB_MODE says, else online where there is a key and W&B answers, else offline."""
     wandb_project: str | None = None
@@ -246,6 +256,10 @@ class TrainBaseConfig(MachineConfig):
             }
         )
         _check_counts(self, "device_batch_size", "sequence_len", "lanes", "pool_size", "log_every", "eval_tokens")
+        _check_counts(self, "aspect_ratio", "head_dim")
+        _check_amounts(self, "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
+        _check_amounts(self, "warmup_steps", "eval_every", "sample_every", "save_every", "stall_minutes")
+        _check_amounts(self, "warmdown_ratio", "final_lr_fraction", most=1)
         _check_keep(self.keep_checkpoints)
         _check_seed(self.seed)
 
@@ -309,6 +323,9 @@ class TrainChatConfig:
         """Refuse numbers that cannot be trained with, naming the flag to change."""
         _check_horizon({"--num-steps": self.num_steps, "--target-epochs": self.target_epochs})
         _check_counts(self, "device_batch_size", "lanes", "pool_size", "log_every", "eval_tokens")
+        _check_amounts(self, "lr_fraction", "batch_fraction", "weight_decay")
+        _check_amounts(self, "warmup_steps", "eval_every", "sample_every", "save_every")
+        _check_amounts(self, "warmdown_ratio", most=1)
         _check_keep(self.keep_checkpoints)
         _check_seed(self.seed)
         if not self.tasks:
@@ -387,8 +404,10 @@ def _check_horizon(horizons: dict[str, float | None]) -> None:
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} each set the horizon", "give one of them")
     for flag, value in given.items():
-        if value <= 0:
+        if not value > 0:
             raise UsageError(f"{flag} is {value}: such a run would train nothing", f"give a positive {flag}")
+        if math.isinf(value):
+            raise UsageError(f"{flag} is {value}: such a run would never end", f"give a finite {flag}")
 
 
 def _check_counts(config: object, *names: str) -> None:
@@ -396,6 +415,15 @@ def _check_counts(config: object, *names: str) -> None:
         flag, count = f"--{name.replace('_', '-')}", getattr(config, name)
         if count < 1:
             raise UsageError(f"{flag} is {count}", f"give {flag} 1 or more")
+
+
+def _check_amounts(config: object, *names: str, most: float = math.inf) -> None:
+    """Refuse what is negative, not a number, infinite, or more than `most`."""
+    for name in names:
+        flag, amount = f"--{name.replace('_', '-')}", getattr(config, name)
+        if not 0 <= amount <= most or math.isinf(amount):
+            upto = "or more" if math.isinf(most) else f"to {most:g}"
+            raise UsageError(f"{flag} is {amount}", f"give {flag} a number of 0 {upto}")
 
 
 def _check_keep(keep_checkpoints: int) -> None:

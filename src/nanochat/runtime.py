@@ -1,6 +1,7 @@
 """Device, dtype, threads, seeds and torch.distributed: what must be set once, before anything is computed."""
 
 import os
+import platform
 import random
 import re
 import sys
@@ -43,6 +44,21 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
+class Nodes:
+    """Several nodes of equally many ranks, numbered node by node.
+
+    Attributes:
+        within: the ranks of this rank's node.
+        across: the ranks of this rank's place on their nodes, one of each node.
+        ranks_per_node: how many each node has.
+    """
+
+    within: dist.ProcessGroup
+    across: dist.ProcessGroup
+    ranks_per_node: int
+
+
+@dataclass(frozen=True)
 class Runtime:
     """Where this process computes and which of how many it is."""
 
@@ -50,6 +66,7 @@ class Runtime:
     compute_dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
+    nodes: Nodes | None = None
 
     @property
     def is_main(self) -> bool:
@@ -158,6 +175,16 @@ def keep_compiled_code(folder: Path) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
+def grow_memory_in_place() -> None:
+    """Have the GPU's allocator grow its segments instead of adding ever new ones, unless its variables say otherwise.
+
+    Evaluations, samples and training want blocks of other sizes, and what is left between them fits nobody: a batch
+    that fits before an evaluation may not fit after it. PyTorch reads this when it first allocates on a GPU.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 @contextmanager
 def start_runtime(
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -190,6 +217,7 @@ def start_runtime(
     set_cpu_threads(local_world_size)
     torch_device = torch.device("cpu")
     if on_gpu:
+        grow_memory_in_place()
         # Slurm may show each task its own GPU only, which is then number 0 whatever the local rank.
         visible = torch.cuda.device_count()
         if 1 < visible <= local_rank:
@@ -202,7 +230,8 @@ def start_runtime(
     if world_size > 1:
         _meet_ranks(rank, world_size, torch_device)
     try:
-        yield Runtime(torch_device, choose_compute_dtype(torch_device, dtype), rank, world_size)
+        nodes = form_nodes(local_world_size) if _are_nodes_alike(local_rank, local_world_size) else None
+        yield Runtime(torch_device, choose_compute_dtype(torch_device, dtype), rank, world_size, nodes)
     except RuntimeError as error:
         if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             # Where a signal stopped the other rank, it is on its way here too, and says more than this error.
@@ -256,6 +285,26 @@ def _meet_ranks(rank: int, world_size: int, device: torch.device) -> None:
             if taken
             else f"start all {world_size} ranks; MASTER_ADDR and MASTER_PORT: the host of rank 0 and a free port there",
         ) from error
+
+
+def _are_nodes_alike(local_rank: int, local_world_size: int) -> bool:
+    """Whether there are several nodes of equally many ranks, more than one, numbered node by node."""
+    places = gather_from_ranks((platform.node(), local_rank, local_world_size))
+    return 1 < local_world_size < len(places) and all(
+        place == (places[rank - rank % local_world_size][0], rank % local_world_size, local_world_size)
+        for rank, place in enumerate(places)
+    )
+
+
+def form_nodes(ranks_per_node: int) -> Nodes:
+    """Form the groups of ranks within and across nodes. Collective."""
+    ranks = range(dist.get_world_size())
+    nodes = [list(ranks[start : start + ranks_per_node]) for start in ranks[::ranks_per_node]]
+    within, across = (
+        dist.new_subgroups_by_enumeration(groups, timeout=COLLECTIVE_TIMEOUT)[0]  # type: ignore[no-untyped-call]
+        for groups in (nodes, [list(group) for group in zip(*nodes, strict=True)])
+    )
+    return Nodes(within, across, ranks_per_node)
 
 
 def _lost_rank(rank: int, error: RuntimeError) -> NanochatError:

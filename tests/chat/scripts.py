@@ -1,7 +1,11 @@
-"""What a scripted model says: each token is followed by the next one of the script, or of one of its parts."""
+"""What a scripted model says, each token followed by the next one of the script or of its parts; what is computed."""
 
 from itertools import pairwise
 
+from torch import Tensor
+
+from nanochat.chat.engine import Engine
+from nanochat.model.kv_cache import Chunk, Token
 from nanochat.tokenizer.tokenizer import Tokenizer
 
 
@@ -22,6 +26,19 @@ def successors(tokenizer: Tokenizer, *scripts: tuple[str, ...]) -> dict[int, int
         for token, after in pairwise(tokens_of(tokenizer, *script)):
             assert following.setdefault(token, after) == after, "a token of a script has one successor only"
     return following
+
+
+def watch_passes(engine: Engine) -> list[tuple[int, int]]:
+    """The rows and the tokens per row of each pass through the model from here on."""
+    passes: list[tuple[int, int]] = []
+    compute = engine.network.next_logits
+
+    def watch(step: Chunk | Token) -> Tensor:
+        passes.append((step.tokens.size(0), step.tokens.size(1)))
+        return compute(step)
+
+    engine.network.next_logits = watch  # type: ignore[method-assign]
+    return passes
 
 
 CALL = ("<|assistant_start|>", "<|python_start|>", "6*7", "<|python_end|>")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scripts import AFTER_CALL, CALL, successors, tokens_of
+from scripts import AFTER_CALL, CALL, successors, tokens_of, watch_passes
 
 from models import random_model, scripted_model
 from nanochat.chat.engine import Engine, Sampling
@@ -195,6 +195,22 @@ def test_the_next_turn_knows_the_ones_before_until_they_are_cleared(tokenizer: T
     assert chat.messages == [user("one"), said]
     chat.clear()
     assert chat.messages == []
+
+
+def test_of_a_turn_only_what_is_new_is_computed(tokenizer: Tokenizer) -> None:
+    model = scripted_model(successors(tokenizer, CALL, AFTER_CALL), VOCAB_SIZE, sequence_len=256)
+    chat = Chat(trained(model, tokenizer), Console())
+    first, second = "one " * 10, "two"
+    chat.answer(first, GREEDY, lambda text: None)
+    before = len(render_prompt(tokenizer, [user(first)]))
+    passes = watch_passes(chat.engine)
+    assert chat.answer(second, GREEDY, lambda text: None) == "[6*7 = 42]fine."
+    assert passes[0] < (1, len(render_prompt(tokenizer, chat.messages[:-1])) - before + 1)
+    # A conversation that is over leaves nothing behind.
+    chat.clear()
+    passes.clear()
+    chat.answer(first, GREEDY, lambda text: None)
+    assert passes[0] == (1, before)
 
 
 def test_the_same_question_again_may_get_another_answer_and_a_fresh_chat_gets_the_same(tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from nanochat.cluster import doctor
 from nanochat.cluster.doctor import (
     Gpu,
     binds,
+    check_attention,
     check_bfloat16,
     check_compiler,
     check_cores,
@@ -277,6 +278,14 @@ def test_tf32_cores_and_bfloat16_are_told() -> None:
     assert check_bfloat16(True, on_gpu=False).state == "OK"
     assert check_bfloat16(False, on_gpu=False).state == "note"
     assert check_bfloat16(False, on_gpu=True).state == "OK"
+
+
+def test_missing_attention_kernels_are_noted_where_a_gpu_could_use_them() -> None:
+    missing = {"fa3": False, "fa4": False}
+    assert check_attention(missing, on_gpu=False).state == "OK"
+    assert check_attention(missing, on_gpu=True).state == "note"
+    found = check_attention({**missing, "fa4": True}, on_gpu=True)
+    assert (found.state, found.text) == ("OK", "fa4, varlen, sdpa to choose from")
 
 
 def test_binds_are_the_hosts_folders_without_what_every_container_has() -> None:

@@ -1,9 +1,13 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from nanochat.optim.adamw import adamw_update
+
+TAKEN = torch.tensor(True)
+SETTINGS = {"lr": 0.3, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
 
 
 @settings(deadline=None, max_examples=25)
@@ -34,7 +38,8 @@ def test_it_is_the_textbook_formula(
             gradient,
             exp_avg,
             exp_avg_sq,
-            step=step,
+            step_count=torch.tensor(step - 1.0),
+            is_finite=TAKEN,
             lr=lr,
             betas=betas,
             eps=1e-10,
@@ -59,7 +64,8 @@ def test_it_agrees_with_the_optimizer_of_pytorch() -> None:
             parameter.grad,
             exp_avg,
             exp_avg_sq,
-            step=step,
+            step_count=torch.tensor(step - 1.0),
+            is_finite=TAKEN,
             lr=0.01,
             betas=(0.8, 0.96),
             eps=1e-10,
@@ -71,5 +77,18 @@ def test_it_agrees_with_the_optimizer_of_pytorch() -> None:
 def test_padding_stays_zero() -> None:
     zeros = [torch.zeros(5) for _ in range(4)]
     for step in range(1, 4):
-        adamw_update(*zeros, step=step, lr=0.3, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
+        adamw_update(*zeros, step_count=torch.tensor(step - 1.0), is_finite=TAKEN, **SETTINGS)
     assert all(tensor.eq(0).all() for tensor in zeros)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1.0])
+def test_a_skipped_update_changes_not_one_bit_whatever_the_gradient(bad: float) -> None:
+    torch.manual_seed(0)
+    weights, gradient, exp_avg, exp_avg_sq = (torch.rand(100) for _ in range(4))
+    gradient[::7] = bad
+    step_count = torch.tensor(3.0)
+    before = [tensor.clone() for tensor in (weights, exp_avg, exp_avg_sq, step_count)]
+    adamw_update(
+        weights, gradient, exp_avg, exp_avg_sq, step_count=step_count, is_finite=torch.tensor(False), **SETTINGS
+    )
+    assert all(map(torch.equal, (weights, exp_avg, exp_avg_sq, step_count), before))

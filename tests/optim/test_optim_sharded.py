@@ -22,6 +22,8 @@ from nanochat.optim import (
     schedule_at,
 )
 from nanochat.optim.muon import muon_update, second_moment_shape
+from nanochat.optim.optimizer import cut_muon
+from nanochat.runtime import form_nodes
 
 # Nothing divides: 5 matrices, odd sizes, tensors of fewer elements than there are ranks.
 MATRIX_SHAPES = [(6, 4)] * 5 + [(4, 6)] * 2 + [(3, 5)]
@@ -127,6 +129,7 @@ def reference_step(
                     weight[None],
                     gradient[None],
                     *state[name],
+                    is_finite=torch.tensor(True),
                     lr=group.lr * schedule.lr_multiplier,
                     momentum=schedule.muon_momentum,
                     beta2=group.beta2,
@@ -203,6 +206,180 @@ def test_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(damage: 
     torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
 
 
+def train_in_small_banks(
+    ranks_per_node: int = 0,
+    overlaps: bool = True,
+    reduce_dtype: torch.dtype = torch.float32,
+    last_step: int = NUM_STEPS,
+) -> tuple[Weights, list[Tensor], dict[str, Tensor], float]:
+    """As `train`, with a bank or several of each shape; also what share of them was sent before the backward ended."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    groups = make_groups(seed=rank)
+    optimizer = ShardedOptimizer(
+        groups,
+        reduce_dtype=reduce_dtype,
+        nodes=form_nodes(ranks_per_node) if ranks_per_node else None,
+        bank_elements=40,
+    )
+    norms, sent_early = [], 0
+    for step in range(last_step):
+        # Two micro-batches in the two halves, of which the first must send nothing.
+        for half in range(2):
+            if half == 1 and overlaps:
+                optimizer.reduce_during_backward()
+            loss = torch.zeros(())
+            for name, parameter in named_parameters(groups).items():
+                own_lanes = lane_gradients(name, parameter.shape, step)[rank::world_size]
+                loss = loss + (parameter * own_lanes.chunk(2)[half].sum(0) / len(own_lanes)).sum()
+            loss.backward()
+            sent = sum(bank._under_way is not None for bank in optimizer._banks)
+            assert half == 1 or sent == 0
+            sent_early += sent
+        norms.append(optimizer.reduce_gradients())
+        optimizer.step(schedule_at(step, NUM_STEPS, SCHEDULE))
+        assert all(parameter.grad.eq(0).all() for parameter in named_parameters(groups).values())
+    return clone(groups), norms, optimizer.state_dict(), sent_early / len(optimizer._banks) / last_step
+
+
+def assert_ranks_agree(ranks: list[Any]) -> None:
+    for weights, norms, *_ in ranks[1:]:
+        torch.testing.assert_close((weights, norms), tuple(ranks[0][:2]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(2, 0), (3, 0), (4, 2), (6, 3), (6, 2)])
+def test_banks_that_travel_during_the_backward_give_the_same_bits(world_size: int, ranks_per_node: int) -> None:
+    overlapping = run_distributed(train_in_small_banks, world_size, ranks_per_node)
+    waiting = run_distributed(train_in_small_banks, world_size, ranks_per_node, False)
+    assert_ranks_agree(overlapping)
+    torch.testing.assert_close(overlapping[0][:3], waiting[0][:3], rtol=0, atol=0)
+    assert [sent for *_, sent in waiting] == [0] * world_size
+    # All banks, in all steps but the first, in which the order is learnt.
+    assert [sent for *_, sent in overlapping] == [pytest.approx((NUM_STEPS - 1) / NUM_STEPS)] * world_size
+
+
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(4, 0), (4, 2), (6, 2), (6, 3)])
+def test_nodes_of_several_ranks_train_the_same_weights(world_size: int, ranks_per_node: int) -> None:
+    ranks = run_distributed(train_in_small_banks, world_size, ranks_per_node)
+    assert_ranks_agree(ranks)
+    weights, norms, state, _ = ranks[0]
+    expected_weights, expected_norms, expected_state = train()
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=0)
+    torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("resumed_at", [1, 3])
+def test_state_saved_by_two_nodes_of_two_resumes_at_another_world_size(resumed_at: int) -> None:
+    weights, _, state, _ = run_distributed(train_in_small_banks, 4, 2, True, torch.float32, 4)[0]
+    resumed_weights, _, resumed_state = run_distributed(train, resumed_at, 4, NUM_STEPS, weights, state)[0]
+    expected_weights, _, expected_state = train()
+    torch.testing.assert_close(resumed_weights, expected_weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(resumed_state, expected_state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(2, 0), (4, 2)])
+def test_gradients_that_travel_in_bfloat16_differ_by_its_rounding_and_weights_by_nothing(
+    world_size: int, ranks_per_node: int
+) -> None:
+    ranks = run_distributed(train_in_small_banks, world_size, ranks_per_node, True, torch.bfloat16, 1)
+    assert_ranks_agree(ranks)
+    _, norms, state, _ = ranks[0]
+    _, expected_norms, expected_state = train(0, 1)
+    torch.testing.assert_close(norms, expected_norms, rtol=2**-8, atol=0)
+    assert not torch.equal(norms[0], expected_norms[0])
+    for name in ("h.0.momentum", "wte.0.exp_avg"):
+        gradient, expected = state[name], expected_state[name]
+        # Each rank's value and each sum is rounded, to 8 bits of the larger of them.
+        torch.testing.assert_close(gradient, expected, rtol=2**-7, atol=2**-6 * float(expected.abs().max()))
+
+
+def train_with_a_parameter_that_the_loss_leaves_out() -> Weights:
+    torch.manual_seed(0)
+    model = Bigram()
+    optimizer = ShardedOptimizer(model.groups(), bank_elements=1)
+    for step in range(3):
+        optimizer.reduce_during_backward()
+        # The head alone, then all, then all but the embedding.
+        hidden = torch.ones(16, 8) if step != 1 else model.wte(torch.arange(16))
+        (model.lm_head(model.c_fc(hidden) if step else hidden).square().sum()).backward()
+        optimizer.reduce_gradients()
+        optimizer.step(schedule_at(step, NUM_STEPS, SCHEDULE))
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_parameter_without_a_gradient_holds_nobody_up() -> None:
+    first, second = run_distributed(train_with_a_parameter_that_the_loss_leaves_out, 2)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
+class FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no more")
+
+
+def fail_once_and_carry_on(fails: bool) -> Weights:
+    torch.manual_seed(0)
+    model = Bigram()
+    optimizer = ShardedOptimizer(model.groups(), bank_elements=1)
+    for step in range(3):
+        if fails and step == 2:
+            optimizer.reduce_during_backward()
+            hidden = model.wte(torch.arange(16))
+            with pytest.raises(torch.OutOfMemoryError):
+                model.lm_head(FailsInBackward.apply(model.c_fc(hidden))).square().sum().backward()
+            assert any(bank._under_way is not None for bank in optimizer._banks)
+            optimizer.zero_gradients()
+            assert not any(bank._under_way is not None for bank in optimizer._banks)
+        optimizer.reduce_during_backward()
+        model.loss(torch.arange(16), torch.arange(16).roll(5)).backward()
+        optimizer.reduce_gradients()
+        optimizer.step(schedule_at(step, NUM_STEPS, SCHEDULE))
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_backward_that_failed_leaves_nothing_under_way() -> None:
+    expected = run_distributed(fail_once_and_carry_on, 2, False)
+    torch.testing.assert_close(run_distributed(fail_once_and_carry_on, 2, True), expected, rtol=0, atol=0)
+
+
+def send_too_early() -> None:
+    model = Bigram()
+    optimizer = ShardedOptimizer(model.groups(), bank_elements=1)
+    optimizer.reduce_during_backward()
+    model.lm_head(torch.ones(8)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"a gradient of lm_head\.weight came after"):
+        model.lm_head(torch.ones(8)).sum().backward()
+
+
+def test_a_gradient_that_comes_after_its_bank_was_sent_is_noticed() -> None:
+    run_distributed(send_too_early, 2)
+
+
+@given(
+    shapes=st.lists(st.sampled_from([(2, 3), (3, 2), (8, 8)]), min_size=1, max_size=40),
+    world_size=st.integers(1, 9),
+    bank_elements=st.integers(1, 2000),
+)
+def test_cutting_matrices_into_banks_costs_no_padding(
+    shapes: list[tuple[int, int]], world_size: int, bank_elements: int
+) -> None:
+    parameters = {f"h.{index}": nn.Parameter(torch.empty(shape)) for index, shape in enumerate(shapes)}
+    banks = cut_muon(parameters, world_size, bank_elements)
+    assert sorted(name for bank in banks for name in bank) == sorted(parameters)
+    for shape in set(shapes):
+        of_shape = [bank for bank in banks if next(iter(bank.values())).shape == shape]
+        per_rank = {-(-len(bank) // world_size) for bank in of_shape}
+        assert len(per_rank) == 1, "Muon is compiled once per number of matrices"
+        assert len(of_shape) * max(per_rank) == -(-shapes.count(shape) // world_size)
+        if world_size == 1:
+            assert len(of_shape) == 1
+
+
 def skip_a_step() -> tuple[bool, Weights, Weights, dict[str, Tensor], dict[str, Tensor]]:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     groups = make_groups(seed=0)
@@ -215,14 +392,15 @@ def skip_a_step() -> tuple[bool, Weights, Weights, dict[str, Tensor], dict[str, 
     backward(groups, 1, rank, world_size)
     if rank == world_size - 1:
         (groups[2].parameters["h.0"] * float("nan")).sum().backward()
-    is_finite = bool(optimizer.reduce_gradients().isfinite())
+    is_finite = optimizer.reduce_gradients().isfinite()
+    optimizer.step(schedule_at(1, NUM_STEPS, SCHEDULE), is_finite)
     optimizer.zero_gradients()
     assert all(parameter.grad.eq(0).all() for parameter in named_parameters(groups).values())
-    return is_finite, before, clone(groups), state_before, optimizer.state_dict()
+    return bool(is_finite), before, clone(groups), state_before, optimizer.state_dict()
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_by_all_and_can_be_skipped(world_size: int) -> None:
+def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_by_all_and_skipped(world_size: int) -> None:
     for is_finite, before, after, state_before, state_after in run_distributed(skip_a_step, world_size):
         assert not is_finite
         torch.testing.assert_close(after, before, rtol=0, atol=0)

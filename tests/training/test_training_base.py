@@ -1,6 +1,7 @@
 """Pretraining end to end on a tiny model: it learns, resumes exactly, and agrees between one rank and several."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -9,13 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed import run_distributed
 from nanochat.checkpoint.folders import list_steps
@@ -30,6 +33,7 @@ from nanochat.tokenizer.train import train_tokenizer
 from nanochat.tracking.keys import CLOCKED
 from nanochat.tracking.metrics import MetricsLog, read
 from nanochat.training import base as base_module
+from nanochat.training import loop
 from nanochat.training.base import train_base
 from nanochat.training.session import metrics_path
 from nanochat.workspace import Workspace
@@ -116,8 +120,10 @@ def test_a_checkpoint_says_what_made_it(undisturbed: Workspace) -> None:
     assert len(checkpoint.state["loader"]["lanes"]) == 12
 
 
-def train_until_stopped(workspace: Workspace, step: int, config: TrainBaseConfig = CONFIG) -> None:
-    """Train in this process and send it a stop signal in the middle of the given step."""
+def train_until_stopped(
+    workspace: Workspace, step: int, config: TrainBaseConfig = CONFIG, stops_at: int | None = None
+) -> None:
+    """Train in this process and send it a stop signal in the middle of the given step, to stop there or later."""
     calls = 0
     forward = GPT.forward
 
@@ -131,17 +137,27 @@ def train_until_stopped(workspace: Workspace, step: int, config: TrainBaseConfig
 
     GPT.forward = counting  # type: ignore[method-assign]
     try:
-        with pytest.raises(StoppedForRequeueError, match=f"step {step} of 12 on SIGTERM"):
+        with pytest.raises(StoppedForRequeueError, match=f"step {stops_at or step} of 12 on SIGTERM"):
             train_base(config, RUN, workspace, CPU)
     finally:
         GPT.forward = forward  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("step", [1, 5, 6, 8])
+# Where results are read one step late, as on a GPU, a stop is too, unless a save or an evaluation waits for them.
+@pytest.mark.parametrize(
+    ("step", "steps_ahead", "stops_at"),
+    [(1, 0, 1), (5, 0, 5), (6, 0, 6), (8, 0, 8), (1, 1, 1), (2, 1, 3), (8, 1, 8), (9, 1, 10)],
+)
 def test_a_stopped_run_carries_on_as_if_nothing_had_happened(
-    step: int, prepared_workspace: Workspace, undisturbed: Workspace
+    step: int,
+    steps_ahead: int,
+    stops_at: int,
+    prepared_workspace: Workspace,
+    undisturbed: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    train_until_stopped(prepared_workspace, step)
+    monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", steps_ahead)
+    train_until_stopped(prepared_workspace, step, stops_at=stops_at)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train_base(CONFIG, RUN, prepared_workspace, CPU)
     assert weights_digest(prepared_workspace) == weights_digest(undisturbed)
@@ -230,6 +246,29 @@ def test_a_step_of_many_passes_shows_that_it_moves(prepared_workspace: Workspace
     assert len(signs) == 16 // 2 + evaluated * 2
 
 
+def train_until_another_rank_stops(root: str) -> str:
+    """One rank's part of a run whose results are read one step late, and whose last rank is told to stop in step 2."""
+    loop.STEPS_AHEAD["cpu"] = 1
+    workspace, rank, world_size = Workspace(Path(root)), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    calls, next_step = iter(range(1, 100)), BatchLoader.next_step
+
+    def load(loader: BatchLoader) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if next(calls) == 2 and rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_step(loader)
+
+    BatchLoader.next_step = load  # type: ignore[method-assign]
+    with pytest.raises(StoppedForRequeueError) as stopped:
+        train_base(CONFIG, RUN, workspace, Runtime(torch.device("cpu"), torch.float32, rank, world_size))
+    return str(stopped.value)
+
+
+def test_ranks_that_read_results_late_stop_at_the_same_step(prepared_workspace: Workspace) -> None:
+    messages = run_distributed(train_until_another_rank_stops, 2, str(prepared_workspace.root))
+    assert all("stopped at step 3 of 12" in message for message in messages)
+    assert list_steps(prepared_workspace.checkpoints("base", "tiny")) == [3]
+
+
 def train_with_slow_samples(root: str, config: TrainBaseConfig) -> tuple[list[float], list[float]]:
     """One rank's part of a run; returns when rank 0 had its samples, and when this rank began its steps."""
     sampled, begun = [], []
@@ -267,13 +306,28 @@ def test_a_finished_run_trains_no_further(prepared_workspace: Workspace) -> None
     assert weights_digest(prepared_workspace) == before
 
 
+def test_a_run_in_fp8_learns_as_much_and_resumes_exactly_but_only_in_fp8(
+    prepared_workspace: Workspace, undisturbed: Workspace
+) -> None:
+    config = replace(CONFIG, fp8=True)
+    result = train_base(config, RUN, prepared_workspace, CPU)
+    weights = weights_digest(prepared_workspace)
+    assert weights != weights_digest(undisturbed)
+    assert abs(result["epoch/bpb"] - results(undisturbed)[-1]["epoch/bpb"]) < 0.05
+    shutil.rmtree(prepared_workspace.checkpoints("base", "tiny") / "step_000012")
+    with pytest.raises(UsageError, match="dtype float32 with fp8 → float32"):
+        train_base(CONFIG, RUN, prepared_workspace, CPU)
+    train_base(config, RUN, prepared_workspace, CPU)
+    assert weights_digest(prepared_workspace) == weights
+
+
 def test_a_checkpoint_is_never_continued_with_other_settings(prepared_workspace: Workspace) -> None:
     train_base(replace(CONFIG, num_steps=4), RUN, prepared_workspace, CPU)
     with pytest.raises(UsageError, match=r"seed 42 → 43.*--model-tag"):
         train_base(replace(CONFIG, num_steps=4, seed=43), RUN, prepared_workspace, CPU)
 
 
-def broken_forward(steps: range) -> Callable[[GPT, torch.Tensor, torch.Tensor | None], torch.Tensor]:
+def broken_forward(steps: Collection[int]) -> Callable[[GPT, torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """The model's forward with a loss that is not a number in the given steps."""
     calls = 0
     forward = GPT.forward
@@ -300,9 +354,98 @@ def test_a_step_without_a_finite_loss_changes_no_weight(
     assert rows[12]["batch/loss"] < rows[1]["batch/loss"]
 
 
-def test_a_run_that_diverged_stops_and_says_so(prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_results_are_read_late_is_the_same_run(
+    prepared_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = Workspace(Path(shutil.copytree(prepared_workspace.root, tmp_path / "late")))
+    for workspace, steps_ahead in ((prepared_workspace, 0), (late, 1)):
+        with monkeypatch.context() as patch:
+            patch.setitem(loop.STEPS_AHEAD, "cpu", steps_ahead)
+            # 4 and 6 are read at once, for a save and an evaluation, the others when the next one is queued.
+            patch.setattr(GPT, "forward", broken_forward([4, 6, 7, 10]))
+            train_base(CONFIG, RUN, workspace, CPU)
+    assert results(late)[-2]["batch/skipped_steps"] == 4
+    # As text, in which the loss of a skipped step equals itself.
+    assert str(results(late)) == str(results(prepared_workspace))
+    for step in (8, 12):
+        assert weights_digest(late, step) == weights_digest(prepared_workspace, step)
+        ours, theirs = (
+            load_checkpoint(workspace.checkpoints("base", "tiny"), step, "").state["progress"]
+            for workspace in (late, prepared_workspace)
+        )
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_the_seconds_of_the_steps_add_up_to_those_of_the_run(
+    prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", 1)
+    train_base(CONFIG, RUN, prepared_workspace, CPU)
+    rows = [row for row in read(metrics_path(prepared_workspace, RUN, "base", "tiny")) if "batch/loss" in row]
+    steps = itertools.accumulate(row["batch/step_seconds"] for row in rows)
+    assert [row["batch/train_seconds"] for row in rows] == pytest.approx(list(steps))
+
+
+class NothingIsRead(TorchDispatchMode):
+    """While entered, no value of a tensor may reach the host, for which it would have to wait for a GPU."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert operator.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return operator(*args, **(kwargs or {}))
+
+
+class NothingIsListed(TorchFunctionMode):
+    """The same for `tolist`, which is no operator."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is not torch.Tensor.tolist
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_back_while_a_step_is_queued(
+    prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue_step, queued = loop._queue_step, []
+
+    def watched(*arguments: Any) -> Any:
+        with NothingIsRead(), NothingIsListed():
+            queued.append(1)
+            return queue_step(*arguments)
+
+    monkeypatch.setattr(loop, "_queue_step", watched)
+    train_base(replace(CONFIG, num_steps=2), RUN, prepared_workspace, CPU)
+    assert len(queued) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile_mode", ["off", "on"])
+def test_a_step_never_waits_for_the_gpu(
+    compile_mode: Literal["off", "on"], prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue_step, queued = loop._queue_step, []
+
+    def watched(*arguments: Any) -> Any:
+        # The first steps compile and set up libraries.
+        torch.cuda.set_sync_debug_mode("error" if len(queued) >= 2 else "default")
+        try:
+            queued.append(1)
+            return queue_step(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop, "_queue_step", watched)
+    runtime = Runtime(torch.device("cuda", 0), torch.bfloat16)
+    train_base(replace(CONFIG, compile=compile_mode), RUN, prepared_workspace, runtime)
+    assert len(queued) == 12
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_run_that_diverged_stops_and_says_so(
+    steps_ahead: int, prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", steps_ahead)
     monkeypatch.setattr(GPT, "forward", broken_forward(range(2, 1000)))
-    with pytest.raises(NanochatError, match="base diverged"):
+    with pytest.raises(NanochatError, match="base diverged: 10 steps up to 11 "):
         train_base(CONFIG, RUN, prepared_workspace, CPU)
 
 

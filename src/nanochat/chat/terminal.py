@@ -53,6 +53,7 @@ class Chat:
     def clear(self) -> None:
         """Begin anew."""
         self.messages, self.turns, self.has_warned = [], 0, False
+        self.engine.forget()
 
     def answer(self, prompt: str, sampling: Sampling, write: Write) -> str:
         """Answer, writing the text as it comes, and remember both for the next turn.

@@ -9,6 +9,7 @@ from nanochat.checkpoint.folders import list_steps
 from nanochat.checkpoint.store import Checkpoint, load_checkpoint, load_newest
 from nanochat.config import ModelConfig
 from nanochat.errors import DataError, UsageError
+from nanochat.model.attention_choice import choose_attention
 from nanochat.model.gpt import GPT
 from nanochat.runtime import Runtime, from_main, run_on_main
 from nanochat.tokenizer.tokenizer import Tokenizer
@@ -127,7 +128,8 @@ def load_trained_model(
             f"{workspace.tokenizer} is {tokenizer.fingerprint}",
             "restore that tokenizer, or train again",
         )
-    model = GPT(ModelConfig(**checkpoint.config["identity"]["model"]), runtime.compute_dtype)
+    shape = ModelConfig(**checkpoint.config["identity"]["model"])
+    model = GPT(shape, runtime.compute_dtype, choose_attention("auto", shape, runtime).function)
     model.load_state_dict(checkpoint.model)
     model.to(runtime.device).eval()
     return TrainedModel(

@@ -314,6 +314,20 @@ def check_tf32(conflict: str | None, precision: str) -> Finding:
     return Finding("TF32", f"set in one way; float32 matmuls are {precision!r} until training starts")
 
 
+def check_attention(installed: Mapping[str, bool], on_gpu: bool) -> Finding:
+    """Which attention kernels there are beside PyTorch's; training tries them and says which it takes.
+
+    Args:
+        installed: whether each of them is there, by its name.
+        on_gpu: whether there is a GPU that they could run on.
+    """
+    there = [name for name, is_there in installed.items() if is_there]
+    text = f"{', '.join([*there, 'varlen', 'sdpa'])} to choose from"
+    if there or not on_gpu:
+        return Finding("attention", text)
+    return Finding("attention", text, "note", "on Hopper or newer, maybe faster: pip install --pre flash-attn-4")
+
+
 def check_compiler(compiler: str, headers: str, needed: bool) -> Finding:
     """Whether torch.compile finds a C++ compiler and Python's headers, both of which it uses while training runs."""
     command = [*shlex.split(compiler), "-x", "c++", "-fsyntax-only", "-I", headers, "-"]
@@ -362,6 +376,7 @@ def binds(mountinfo: str) -> list[str]:
 def _look_at_torch(environment: Mapping[str, str], in_container: bool) -> list[Finding]:
     import torch
 
+    from nanochat.model.attention_choice import LADDER, is_installed
     from nanochat.runtime import cpu_has_fast_bfloat16, tf32_conflict
 
     listing = output_of("nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader")
@@ -384,6 +399,7 @@ def _look_at_torch(environment: Mapping[str, str], in_container: bool) -> list[F
         check_cores(usable_cores(), os.cpu_count() or 1, environment.get("OMP_NUM_THREADS")),
         check_bfloat16(cpu_has_fast_bfloat16(), on_gpu=sees > 0),
         check_tf32(conflict, "" if conflict else torch.get_float32_matmul_precision()),
+        check_attention({name: is_installed(rung.module) for name, rung in LADDER.items() if rung.module}, sees > 0),
         check_compiler(compiler, sysconfig.get_path("include"), needed=sees > 0),
     ]
 

@@ -38,7 +38,7 @@ def judge_texts(engine: Engine, task: Task, problems: Sequence[Problem], max_new
     """
     if task.is_correct is None:
         raise ValueError(f"the task {task.name} has no way to judge an answer")
-    sequence_len = engine.model.config.sequence_len
+    sequence_len = engine.config.sequence_len
     room = max(sequence_len - max_new_tokens, sequence_len // 2)
     questions = [render_question(engine.tokenizer, problem, room) for problem in problems]
     answers = engine.generate(

@@ -16,13 +16,16 @@ Weights are float32 masters; each matmul casts its weight to the dtype of its in
 the embedding on. Shapes: B batch, T time, C channels, H query heads, G key/value heads, D head dimension, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, ModelConfig
 from nanochat.model.attention import Attention, sdpa_attention
-from nanochat.model.kv_cache import CacheStep
+from nanochat.model.fp8 import Fp8Weight, check_fp8, fits
 from nanochat.model.loss import softcap, softcapped_cross_entropy, softcapped_token_losses
 from nanochat.model.size import flops_per_token, parameter_counts
 
@@ -43,9 +46,13 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.fp8: Fp8Weight | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
+        if self.fp8 is not None and self.fp8.live:
+            y: Tensor = self.fp8(x, self.weight)
+            return y
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -89,9 +96,8 @@ class CausalSelfAttention(nn.Module):
         value_embedding_BTC: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        attention: Attention | None = None,
     ) -> Tensor:
-        """(B, T, C) → (B, T, C), by another attention where one is given."""
+        """(B, T, C) → (B, T, C)."""
         heads = (*x_BTC.shape[:2], -1, self.head_dim)
         q_BTHD, k_BTGD, v_BTGD = (c(x_BTC).view(heads) for c in (self.c_q, self.c_k, self.c_v))
         if self.ve_gate is not None and value_embedding_BTC is not None:
@@ -100,7 +106,7 @@ class CausalSelfAttention(nn.Module):
         q_BTHD, k_BTGD = norm(rotate(q_BTHD, cos, sin)), norm(rotate(k_BTGD, cos, sin))
         if self.qk_scale != 1.0:
             q_BTHD, k_BTGD = q_BTHD * self.qk_scale, k_BTGD * self.qk_scale
-        y_BTHD = (attention or self.attention)(q_BTHD, k_BTGD, v_BTGD, self.window)
+        y_BTHD = self.attention(q_BTHD, k_BTGD, v_BTGD, self.window)
         y_BTC: Tensor = self.c_proj(y_BTHD.flatten(2))
         return y_BTC
 
@@ -133,10 +139,9 @@ class Block(nn.Module):
         value_embedding_BTC: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        attention: Attention | None = None,
     ) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        x_BTC = x_BTC + self.attn(norm(x_BTC), value_embedding_BTC, cos, sin, attention)
+        x_BTC = x_BTC + self.attn(norm(x_BTC), value_embedding_BTC, cos, sin)
         y_BTC: Tensor = x_BTC + self.mlp(norm(x_BTC))
         return y_BTC
 
@@ -229,23 +234,50 @@ class GPT(nn.Module):
         """The layers, first to last."""
         return [block for block in self.transformer["h"].children() if isinstance(block, Block)]
 
-    def hidden_states(self, tokens_BT: Tensor, step: CacheStep | None = None) -> Tensor:
-        """Run all layers: token ids (B, T) → normalised hidden states (B, T, C) in the compute dtype.
+    def use_fp8(self, *, compiled: bool) -> None:
+        """Make room, on the weights' device, for fp8 copies of all block matrices that fp8 can multiply; not the gates.
 
-        With a step of a cache the tokens, which are the step's, follow those that the cache holds.
+        Args:
+            compiled: compile the cast.
+
+        Raises:
+            UsageError: fp8 cannot multiply by any of them, or not on this device.
         """
+        check_fp8(self.config.n_embd, self.config.sequence_len, self.lm_head.weight.device)
+        for linear in self.transformer["h"].modules():
+            if isinstance(linear, Linear) and fits(linear.weight):
+                linear.fp8 = Fp8Weight(linear.weight, compiled=compiled)
+
+    @contextmanager
+    def quantised(self) -> Iterator[None]:
+        """Multiply in fp8 inside, by the block matrices as they are on entry; nothing changes without `use_fp8`.
+
+        For the micro-batches between two updates. The copies end with it, so no update, loaded checkpoint or
+        evaluation ever meets a stale one, and everything but training sees the exact weights.
+        """
+        linears = [linear for linear in self.transformer["h"].modules() if isinstance(linear, Linear)]
+        copies = [(linear.fp8, linear.weight) for linear in linears if linear.fp8 is not None]
+        try:
+            for copy, weight in copies:
+                copy.refresh(weight)
+            yield
+        finally:
+            for copy, _ in copies:
+                copy.live = False
+
+    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
+        """Run all layers: token ids (B, T) → normalised hidden states (B, T, C) in the compute dtype."""
         time = tokens_BT.size(1)
         if time > self.config.sequence_len:
             raise ValueError(f"{time} tokens do not fit a context of {self.config.sequence_len}")
-        positions = slice(time) if step is None else step.positions
-        cos, sin = self.cos[positions].to(self.compute_dtype), self.sin[positions].to(self.compute_dtype)
+        cos, sin = self.cos[:time].to(self.compute_dtype), self.sin[:time].to(self.compute_dtype)
         x_BTC = norm(self.transformer["wte"](tokens_BT).to(self.compute_dtype))
         if self.config.variant == "classic":
-            for layer, block in enumerate(self.blocks):
-                x_BTC = block(x_BTC, None, cos, sin, step and step.attention(layer))
+            for block in self.blocks:
+                x_BTC = block(x_BTC, None, cos, sin)
             return norm(x_BTC)
 
-        x_BTC = self._smear(x_BTC) if step is None else self._smear(step.with_last_embedding(x_BTC))[:, 1:]
+        x_BTC = self._smear(x_BTC)
         x0_BTC = x_BTC
         middle_BTC = x_BTC
         resid_lambdas, x0_lambdas = self.resid_lambdas.to(x_BTC.dtype), self.x0_lambdas.to(x_BTC.dtype)
@@ -254,7 +286,7 @@ class GPT(nn.Module):
             value_embedding_BTC = None
             if self.config.has_value_embedding(layer):
                 value_embedding_BTC = self.value_embeds[str(layer)](tokens_BT).to(self.compute_dtype)
-            x_BTC = block(x_BTC, value_embedding_BTC, cos, sin, step and step.attention(layer))
+            x_BTC = block(x_BTC, value_embedding_BTC, cos, sin)
             if layer == self.config.n_layer // 2:
                 middle_BTC = x_BTC
         return norm(x_BTC - self.backout_lambda.to(x_BTC.dtype) * middle_BTC)
@@ -264,11 +296,6 @@ class GPT(nn.Module):
         gate_BT1 = torch.sigmoid(self.smear_gate(x_BTC[:, 1:, :SMEAR_GATE_CHANNELS]))
         smeared_BTC = x_BTC[:, 1:] + self.smear_lambda.to(x_BTC.dtype) * gate_BT1 * x_BTC[:, :-1]
         return torch.cat((x_BTC[:, :1], smeared_BTC), dim=1)
-
-    @torch.no_grad()
-    def next_logits(self, step: CacheStep) -> Tensor:
-        """The logits after the last token of each row of a step, float32 (B, V)."""
-        return softcap(self.lm_head(step.last(self.hidden_states(step.tokens, step))))
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Summed loss in nats of the targets that are not −1; without targets the logits, float32 (B, T, V)."""

@@ -12,7 +12,8 @@ def adamw_update(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
-    step: int,
+    step_count: Tensor,
+    is_finite: Tensor,
     lr: float,
     betas: tuple[float, float],
     eps: float,
@@ -29,22 +30,23 @@ def adamw_update(
         gradients: fp32 [N].
         exp_avg: running mean of the gradients, fp32 [N].
         exp_avg_sq: running mean of their squares, fp32 [N].
-        step: number of this update, counted from 1, for the bias correction.
+        step_count: updates before this one, for the bias correction: fp32 [], on the parameters' device.
+        is_finite: bool [], on the same device. Where it is false, nothing changes, whatever the gradients hold.
         lr: learning rate; also multiplies the weight decay.
         betas: decay of the two running means.
         eps: added to the root of the corrected second moment.
         weight_decay: decoupled decay, applied before the update.
     """
-    # The kernel adds 1 to the step it is given and wants it as a tensor on the same device.
-    previous_step = torch.full((), float(step - 1), device=parameters.device)
     adamw(
         [parameters],
         [gradients],
         [exp_avg],
         [exp_avg_sq],
         [],
-        [previous_step],
+        # Counted up in place.
+        [step_count.clone()],
         fused=True,
+        found_inf=(~is_finite).float(),
         amsgrad=False,
         maximize=False,
         beta1=betas[0],

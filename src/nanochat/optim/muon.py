@@ -81,7 +81,7 @@ def orthogonalize(update_Kmn: Tensor, work_dtype: torch.dtype) -> Tensor:
     return x_Ksl.transpose(-2, -1) if is_tall else x_Ksl
 
 
-def variance_scale(direction_Kmn: Tensor, second_moment: Tensor, beta2: Scalar) -> Tensor:
+def variance_scale(direction_Kmn: Tensor, second_moment: Tensor, weight: Scalar) -> Tensor:
     """What to multiply a direction by to even out its rows (NorMuon) and set its Frobenius norm (Muon+).
 
     Each row of a tall matrix, or column of a wide one, is divided by the root of its running mean square;
@@ -90,7 +90,7 @@ def variance_scale(direction_Kmn: Tensor, second_moment: Tensor, beta2: Scalar) 
     Args:
         direction_Kmn: stack of orthogonalised matrices.
         second_moment: fp32 [K, *second_moment_shape(m, n)], updated in place.
-        beta2: decay of the second moment.
+        weight: of this direction in the second moment, 1 less its decay.
 
     Returns:
         The factors, fp32, shaped like `second_moment`.
@@ -102,7 +102,7 @@ def variance_scale(direction_Kmn: Tensor, second_moment: Tensor, beta2: Scalar) 
     # Taken at the target norm, so that the second moments of different steps compare.
     norm_correction_K11 = target / squares.sum(dim=(-2, -1), keepdim=True).clamp_min(TINY)
     mean_square = squares * norm_correction_K11 / direction_Kmn.size(averaged_dim)
-    second_moment.lerp_(mean_square, 1 - beta2)
+    second_moment.lerp_(mean_square, weight)
 
     variance = second_moment.clamp_min(SECOND_MOMENT_FLOOR)
     norm_square_K11 = (squares / variance).sum(dim=(-2, -1), keepdim=True).clamp_min(TINY)
@@ -116,6 +116,7 @@ def muon_update(
     momentum_buffer_Kmn: Tensor,
     second_moment: Tensor,
     *,
+    is_finite: Tensor,
     lr: Scalar,
     momentum: Scalar,
     beta2: Scalar,
@@ -126,9 +127,10 @@ def muon_update(
 
     Args:
         parameters_Kmn: fp32 weights.
-        gradients_Kmn: fp32 gradients; consumed, they hold the Nesterov momentum afterwards.
+        gradients_Kmn: fp32 gradients.
         momentum_buffer_Kmn: fp32 running mean of the gradients.
         second_moment: fp32 [K, *second_moment_shape(m, n)].
+        is_finite: bool [], on their device. Where it is false, nothing changes, whatever the gradients hold.
         lr: learning rate of a square matrix; tall ones get √(m / n) of it, so that the root-mean-square
             change of their outputs is the same.
         momentum: decay of the running mean.
@@ -137,12 +139,14 @@ def muon_update(
         work_dtype: dtype of the matrix products.
     """
     rows, columns = parameters_Kmn.shape[-2:]
+    # A skipped step is one towards the mean that there is, of length 0: multiplied away, a NaN would stay.
+    gradients_Kmn = torch.where(is_finite, gradients_Kmn, momentum_buffer_Kmn)
     momentum_buffer_Kmn.lerp_(gradients_Kmn, 1 - momentum)
     nesterov_Kmn = gradients_Kmn.lerp_(momentum_buffer_Kmn, momentum)
 
     direction_Kmn = orthogonalize(nesterov_Kmn, work_dtype)
-    lr = lr * max(1.0, rows / columns) ** 0.5
-    step_Kmn = direction_Kmn * (lr * variance_scale(direction_Kmn, second_moment, beta2))
+    lr = is_finite * lr * max(1.0, rows / columns) ** 0.5
+    step_Kmn = direction_Kmn * (lr * variance_scale(direction_Kmn, second_moment, is_finite * (1 - beta2)))
 
     # The step is subtracted, so where it has the weight's sign it shrinks the weight, and decay may help it.
     is_shrinking_Kmn = step_Kmn * parameters_Kmn >= 0

@@ -15,6 +15,7 @@ from nanochat.evaluation.bits_per_byte import bits_per_byte, unigram_bits_per_by
 from nanochat.files import lock_folder, use_folders
 from nanochat.loader.batches import LoaderConfig, validation_rows
 from nanochat.loader.token_shards import TokenDataset
+from nanochat.model.attention_choice import choose_attention
 from nanochat.model.generate import generate
 from nanochat.model.gpt import GPT
 from nanochat.optim.optimizer import ShardedOptimizer, check_coverage
@@ -33,6 +34,7 @@ from nanochat.training.session import (
     checkpoint_to_resume,
     compiles,
     metrics_path,
+    number_format,
     open_loader,
     result_figures,
     resume_point,
@@ -155,16 +157,26 @@ def build_stage(
     checkpoints = workspace.checkpoints(STAGE, config.tag)
     checkpoint = checkpoint_to_resume(checkpoints, resolved, runtime, console)
 
+    attention = choose_attention(config.attention, shape, runtime)
+    console.info(str(attention))
     seed_everything(config.seed)
-    model = GPT(shape, runtime.compute_dtype)
+    model = GPT(shape, runtime.compute_dtype, attention.function)
     model.init_weights()
     if checkpoint is not None:
         model.load_state_dict(checkpoint.model)
     model.to(runtime.device)
     compiled = compiles(config, runtime)
+    if config.fp8:
+        model.use_fp8(compiled=compiled)
     groups = parameter_groups(model, config, recipe)
     check_coverage(model, groups)
-    optimizer = ShardedOptimizer(groups, work_dtype=runtime.compute_dtype, compile_muon=compiled)
+    optimizer = ShardedOptimizer(
+        groups,
+        work_dtype=runtime.compute_dtype,
+        compile_muon=compiled,
+        reduce_dtype=getattr(torch, config.reduce_dtype),
+        nodes=runtime.nodes,
+    )
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint.optimizer)
     layout = LoaderConfig(
@@ -199,7 +211,11 @@ def build_stage(
         tokens_per_epoch=inputs.train.num_tokens,
         flops_per_token=model.flops_per_token(),
         checkpoints=checkpoints,
-        config={**resolved, "environment": describe_environment() if runtime.is_main else {}},
+        config={
+            **resolved,
+            "attention": attention.name,
+            "environment": describe_environment() if runtime.is_main else {},
+        },
     )
     return stage, resume_point(checkpoint)
 
@@ -211,7 +227,7 @@ def resolve(
     fields = dataclasses.asdict(config)
     identity = {
         **base_identity(config, shape, recipe),
-        "dtype": str(runtime.compute_dtype).removeprefix("torch."),
+        "dtype": number_format(config, runtime),
         "tokenizer": inputs.tokenizer.fingerprint,
         "data": inputs.train.fingerprint,
     }

@@ -23,6 +23,7 @@ from nanochat.evaluation.bits_per_byte import bits_per_byte
 from nanochat.files import lock_folder, read_manifest, use_folders
 from nanochat.loader.batches import LoaderConfig, validation_rows
 from nanochat.loader.token_shards import MANIFEST_KIND, TokenDataset
+from nanochat.model.attention_choice import choose_attention
 from nanochat.model.gpt import GPT
 from nanochat.optim.optimizer import ShardedOptimizer, check_coverage
 from nanochat.optim.schedules import ScheduleConfig, StepSchedule, schedule_at
@@ -41,6 +42,7 @@ from nanochat.training.session import (
     checkpoint_to_resume,
     compiles,
     metrics_path,
+    number_format,
     open_loader,
     result_figures,
     resume_point,
@@ -269,7 +271,7 @@ def resolve(
         "tasks": list(config.tasks),
         "model": dataclasses.asdict(source.shape),
         "recipe": dataclasses.asdict(recipe),
-        "dtype": str(runtime.compute_dtype).removeprefix("torch."),
+        "dtype": number_format(machine, runtime),
         "tokenizer": inputs.tokenizer.fingerprint,
         "data": inputs.train.fingerprint,
         "source_checkpoint": source.checkpoint.tensors_fingerprint,
@@ -297,14 +299,24 @@ def build_stage(
     checkpoint = checkpoint_to_resume(checkpoints, resolved, runtime, console)
     sequence_len = source.shape.sequence_len
 
+    attention = choose_attention(machine.attention, source.shape, runtime)
+    console.info(str(attention))
     seed_everything(config.seed)
-    model = GPT(source.shape, runtime.compute_dtype)
+    model = GPT(source.shape, runtime.compute_dtype, attention.function)
     model.load_state_dict((checkpoint or source.checkpoint).model)
     model.to(runtime.device)
     compiled = compiles(machine, runtime)
+    if machine.fp8:
+        model.use_fp8(compiled=compiled)
     groups = parameter_groups(model, source.base, recipe)
     check_coverage(model, groups)
-    optimizer = ShardedOptimizer(groups, work_dtype=runtime.compute_dtype, compile_muon=compiled)
+    optimizer = ShardedOptimizer(
+        groups,
+        work_dtype=runtime.compute_dtype,
+        compile_muon=compiled,
+        reduce_dtype=getattr(torch, machine.reduce_dtype),
+        nodes=runtime.nodes,
+    )
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint.optimizer)
     elif config.warm_start:
@@ -345,7 +357,11 @@ def build_stage(
         tokens_per_epoch=inputs.train.num_tokens,
         flops_per_token=model.flops_per_token(),
         checkpoints=checkpoints,
-        config={**resolved, "environment": describe_environment() if runtime.is_main else {}},
+        config={
+            **resolved,
+            "attention": attention.name,
+            "environment": describe_environment() if runtime.is_main else {},
+        },
     )
     return stage, resume_point(checkpoint)
 

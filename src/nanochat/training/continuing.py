@@ -13,7 +13,7 @@ from nanochat.training.recipe import Recipe
 # not what it computes.
 FREE_FIELDS = frozenset(
     {"device_batch_size", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "log_every"}
-    | {"device", "dtype", "compile", "stall_minutes"}
+    | {"device", "dtype", "fp8", "compile", "attention", "reduce_dtype", "stall_minutes"}
     | {"wandb", "wandb_project", "wandb_group", "wandb_tags", "tensorboard"}
 )
 

@@ -6,11 +6,15 @@ before evaluations, and a stop that all ranks agree on.
 
 A step is one optimizer update on one global batch. Step k means "k updates done"; its metrics describe the update
 that led to it.
+
+A GPU computes what the host has queued. A host that looked at each step's loss before it queues the next one would
+leave it idle in between, so the results are read one step late, except where something is done with the weights.
 """
 
 import gc
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +57,9 @@ from nanochat.workspace import Stage as StageName
 MOST_SKIPS_IN_A_ROW = 10
 SMOOTHING = 0.9
 
+# Steps that may be queued when the results of one are read. On a CPU they are there as soon as it is queued.
+STEPS_AHEAD = {"cpu": 0, "cuda": 1}
+
 
 @dataclass(frozen=True)
 class Cadence:
@@ -68,6 +75,10 @@ class Cadence:
     def due(self, every: int, step: int) -> bool:
         """Whether something is due after this many steps; at the end everything is."""
         return step == self.num_steps or (every > 0 and step % every == 0)
+
+    def uses_weights(self, step: int) -> bool:
+        """Whether something is done with the weights after this many steps."""
+        return any(self.due(every, step) for every in (self.eval_every, self.sample_every, self.save_every))
 
 
 @dataclass
@@ -163,6 +174,31 @@ class TrainingResult:
     peak_memory_bytes: int
 
 
+@dataclass(frozen=True)
+class _QueuedStep:
+    """One step that the device has been told to do.
+
+    Attributes:
+        schedule: what it was done with.
+        data_seconds: how long the host waited for its batch, in which time the device may have been busy.
+        results: mean loss and gradient norm over all ranks, and how many of them were asked to stop: the same on
+            each, in the host's memory, and to be read once it is done.
+        done: what tells that it is, on a GPU.
+    """
+
+    schedule: StepSchedule
+    data_seconds: float
+    results: torch.Tensor
+    done: torch.cuda.Event | None
+
+    def wait(self) -> tuple[float, float, bool]:
+        """Its loss and gradient norm, and whether any rank was asked to stop."""
+        if self.done is not None:
+            self.done.synchronize()
+        loss, gradient_norm, stop_votes = self.results.tolist()
+        return loss, gradient_norm, stop_votes > 0
+
+
 def train(
     stage: Stage, cadence: Cadence, runtime: Runtime, trackers: Trackers, resumed: ResumePoint | None = None
 ) -> TrainingResult:
@@ -189,12 +225,12 @@ def train(
     samples: list[dict[str, str]] = []
     skips_in_a_row = 0
     first_step = True
-    saved_step = progress.step
+    step = saved_step = progress.step
+    queued: deque[_QueuedStep] = deque()
     heartbeat = trackers.heartbeat
 
     with StopRequest() as stop, _live_bar(trackers.console, stage.name, cadence, progress) as show_progress:
         while True:
-            step = progress.step
             stop.defers = step != saved_step
             if not evaluation and cadence.due(cadence.eval_every, step):
                 heartbeat.beat("evaluating")
@@ -211,59 +247,56 @@ def train(
 
             stop.defers = not first_step
             heartbeat.beat("starting" if first_step else "running")
-            started = time.perf_counter()
-            schedule = stage.schedule(step)
-            loss, gradient_norm, stop_agreed, data_seconds = _forward_backward(stage, runtime, stop)
-            if math.isfinite(loss) and math.isfinite(gradient_norm):
-                stage.optimizer.step(schedule)
-                progress.smoothed_loss = SMOOTHING * progress.smoothed_loss + (1 - SMOOTHING) * loss
-                skips_in_a_row = 0
-            else:
-                progress.skipped_steps += 1
-                skips_in_a_row += 1
-                trackers.console.warning(f"step {step + 1}: loss {loss}, gradient norm {gradient_norm}; skipped")
-            stage.optimizer.zero_gradients()
-            seconds = time.perf_counter() - started
-            progress.step += 1
-            progress.seconds += seconds
+            if not queued:
+                last_done = time.perf_counter()
+            queued.append(_queue_step(stage, runtime, stop, step))
+            step += 1
             stop.defers = True
             evaluation = {}
-            show_progress(loss)
-            heartbeat.beat(
-                "running",
-                step=progress.step,
-                num_steps=cadence.num_steps,
-                loss=loss,
-                step_seconds=seconds,
-                tokens_per_second=stage.tokens_per_step / seconds,
-                seconds_left=progress.seconds / progress.step * (cadence.num_steps - progress.step),
-            )
-            if skips_in_a_row == MOST_SKIPS_IN_A_ROW:
-                raise NanochatError(
-                    f"{stage.name} diverged: {MOST_SKIPS_IN_A_ROW} steps up to {progress.step} had no finite loss",
-                    f"lower the learning rates, or go back: rm -r the newest folders in {stage.checkpoints}",
+            stop_agreed = False
+            reads_all = first_step or cadence.uses_weights(step)
+            while queued and (reads_all or stop_agreed or len(queued) > STEPS_AHEAD[runtime.device.type]):
+                ended = queued.popleft()
+                loss, gradient_norm, stop_wished = ended.wait()
+                stop_agreed |= stop_wished
+                now = time.perf_counter()
+                seconds, last_done = now - last_done, now
+                progress.step += 1
+                progress.seconds += seconds
+                if math.isfinite(loss) and math.isfinite(gradient_norm):
+                    progress.smoothed_loss = SMOOTHING * progress.smoothed_loss + (1 - SMOOTHING) * loss
+                    skips_in_a_row = 0
+                else:
+                    progress.skipped_steps += 1
+                    skips_in_a_row += 1
+                    trackers.console.warning(
+                        f"step {progress.step}: loss {loss}, gradient norm {gradient_norm}; skipped"
+                    )
+                show_progress(loss)
+                heartbeat.beat(
+                    "running",
+                    step=progress.step,
+                    num_steps=cadence.num_steps,
+                    loss=loss,
+                    step_seconds=seconds,
+                    tokens_per_second=stage.tokens_per_step / seconds,
+                    seconds_left=progress.seconds / progress.step * (cadence.num_steps - progress.step),
                 )
+                if skips_in_a_row == MOST_SKIPS_IN_A_ROW:
+                    raise NanochatError(
+                        f"{stage.name} diverged: {MOST_SKIPS_IN_A_ROW} steps up to {progress.step} had no finite loss",
+                        f"lower the learning rates, or go back: rm -r the newest folders in {stage.checkpoints}",
+                    )
+                if cadence.due(cadence.log_every, progress.step):
+                    _log_step(stage, cadence, runtime, trackers, progress, ended, loss, gradient_norm, seconds)
 
-            if cadence.due(cadence.log_every, progress.step):
-                _log_step(
-                    stage,
-                    cadence,
-                    runtime,
-                    trackers,
-                    progress,
-                    schedule,
-                    loss,
-                    gradient_norm,
-                    seconds,
-                    data_seconds,
-                )
-            if cadence.due(cadence.save_every, progress.step) or stop_agreed:
+            if cadence.due(cadence.save_every, step) or stop_agreed:
                 # Before evaluating: an evaluation that fails or is killed must not cost the trained weights.
-                must_succeed = stop_agreed or progress.step == cadence.num_steps
+                must_succeed = stop_agreed or step == cadence.num_steps
                 heartbeat.beat("saving")
                 if saved := _save(stage, cadence, runtime, trackers, progress, must_succeed):
-                    fingerprint, saved_step = saved, progress.step
-                    heartbeat.beat(checkpoint=str(checkpoint_folder(stage.checkpoints, progress.step)))
+                    fingerprint, saved_step = saved, step
+                    heartbeat.beat(checkpoint=str(checkpoint_folder(stage.checkpoints, step)))
             if stop_agreed:
                 raise _stopped(stage, cadence, progress, stop)
             if first_step:
@@ -283,13 +316,12 @@ def train(
     return TrainingResult(progress, evaluation, samples, fingerprint, peak_memory_bytes(runtime.device))
 
 
-def _forward_backward(stage: Stage, runtime: Runtime, stop: StopRequest) -> tuple[float, float, bool, float]:
-    """Accumulate and reduce the gradients of one global batch.
+def _queue_step(stage: Stage, runtime: Runtime, stop: StopRequest, step: int) -> _QueuedStep:
+    """Accumulate and reduce the gradients of one global batch and update the weights, without waiting for the device.
 
-    Returns:
-        The mean loss and the gradient norm, both over all ranks and so the same on each; whether any rank was
-        asked to stop; the seconds spent waiting for data.
+    Where the loss or the gradients are not finite, the device itself skips the update.
     """
+    schedule = stage.schedule(step)
     started = time.perf_counter()
     micro_batches = stage.loader.next_step()
     data_seconds = time.perf_counter() - started
@@ -297,24 +329,33 @@ def _forward_backward(stage: Stage, runtime: Runtime, stop: StopRequest) -> tupl
     # more where there are few of them, as in conversations of which only the answers are trained on.
     num_targets = torch.stack([(targets_BT != IGNORED_TARGET).sum() for _, targets_BT in micro_batches]).sum()
     share = runtime.world_size / sum_over_ranks(num_targets).clamp(min=1)
-    totals = torch.zeros(2, device=runtime.device)
-    for inputs_BT, targets_BT in micro_batches:
-        try:
-            # Scaled by the world size, because the gradients are averaged over the ranks.
-            loss = stage.forward(inputs_BT, targets_BT) * share
-            loss.backward()  # type: ignore[no-untyped-call]  # torch ships this method without annotations.
-        except torch.OutOfMemoryError:
-            raise NanochatError(
-                f"{runtime.device} has too little memory for {inputs_BT.size(0)} rows at once",
-                f"lower --device-batch-size, for example to {max(1, inputs_BT.size(0) // 2)}; the result is the same",
-            ) from None
-        totals[0] += loss.detach() / runtime.world_size
-        # A large batch on a slow device takes longer than any step should.
-        made_progress()
-    totals[1] = float(stop.signal_name is not None)
+    loss_and_votes = torch.zeros(2, device=runtime.device)
+    with stage.model.quantised():
+        for index, (inputs_BT, targets_BT) in enumerate(micro_batches, 1):
+            if index == len(micro_batches):
+                stage.optimizer.reduce_during_backward()
+            try:
+                # Scaled by the world size, because the gradients are averaged over the ranks.
+                loss = stage.forward(inputs_BT, targets_BT) * share
+                loss.backward()  # type: ignore[no-untyped-call]  # torch ships this method without annotations.
+            except torch.OutOfMemoryError:
+                rows = inputs_BT.size(0)
+                raise NanochatError(
+                    f"{runtime.device} has too little memory for {rows} rows at once",
+                    f"lower --device-batch-size, for example to {max(1, rows // 2)}; the result is the same",
+                ) from None
+            loss_and_votes[0] += loss.detach() / runtime.world_size
+            # A large batch on a slow device takes longer than any step should.
+            made_progress()
+    loss_and_votes[1].fill_(stop.signal_name is not None)
     gradient_norm = stage.optimizer.reduce_gradients()
-    loss_sum, stop_votes, norm = torch.cat((sum_over_ranks(totals), gradient_norm.view(1))).tolist()
-    return loss_sum, norm, stop_votes > 0, data_seconds
+    mean_loss, stop_votes = sum_over_ranks(loss_and_votes).unbind()
+    results = torch.stack((mean_loss, gradient_norm, stop_votes))
+    stage.optimizer.step(schedule, results.isfinite().all())
+    # From a GPU into pinned memory, as such a copy must be to go on by itself.
+    results = results.to("cpu", non_blocking=True)
+    done = torch.cuda.current_stream(runtime.device).record_event() if runtime.device.type == "cuda" else None
+    return _QueuedStep(schedule, data_seconds, results, done)
 
 
 def _stopped(stage: Stage, cadence: Cadence, progress: Progress, stop: StopRequest) -> StoppedForRequeueError:
@@ -353,13 +394,13 @@ def _log_step(
     runtime: Runtime,
     trackers: Trackers,
     progress: Progress,
-    schedule: StepSchedule,
+    ended: _QueuedStep,
     loss: float,
     gradient_norm: float,
     seconds: float,
-    data_seconds: float,
 ) -> None:
     """Record and print one step."""
+    schedule = ended.schedule
     tokens = progress.step * stage.tokens_per_step
     smoothed = progress.smoothed_loss / (1 - SMOOTHING ** max(1, progress.step - progress.skipped_steps))
     trackers.log(
@@ -377,7 +418,7 @@ def _log_step(
             keys.SKIPPED_STEPS: progress.skipped_steps,
             keys.TOKENS_PER_SECOND: stage.tokens_per_step / seconds,
             keys.STEP_SECONDS: seconds,
-            keys.DATA_SECONDS: data_seconds,
+            keys.DATA_SECONDS: ended.data_seconds,
             keys.TRAIN_SECONDS: progress.seconds,
             keys.ITER_NUM: cadence.num_steps,
             **_device_metrics(runtime, stage.flops_per_token * stage.tokens_per_step / seconds),

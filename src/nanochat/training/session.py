@@ -119,6 +119,12 @@ def compiles(machine: MachineConfig, runtime: Runtime) -> bool:
     return compiled
 
 
+def number_format(machine: MachineConfig, runtime: Runtime) -> str:
+    """What a stage computes in, which decides its weights."""
+    dtype = str(runtime.compute_dtype).removeprefix("torch.")
+    return f"{dtype} with fp8" if machine.fp8 else dtype
+
+
 def device_rows(rows_per_step: int, device_batch_size: int, runtime: Runtime, console: Console) -> int:
     """Rows per forward pass: what was asked for, or the largest divisor of this rank's share below it."""
     rows = max(1, rows_per_step // runtime.world_size)
@@ -277,6 +283,7 @@ def result_figures(stage: Stage, result: TrainingResult, runtime: Runtime) -> di
         "Tokens per second": round(tokens / progress.seconds),
         "Peak memory (MiB)": result.peak_memory_bytes // 2**20,
         "Devices": f"{runtime.world_size} × {runtime.device.type}, {stage.config['dtype']}",
+        "Attention": stage.config["attention"],
         "Validation bits per byte": round(result.evaluation[keys.BPB], 4),
     }
 
