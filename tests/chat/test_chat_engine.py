@@ -15,6 +15,7 @@ from nanochat.chat.engine import STOP_TOKENS, Engine, Sampling, choose_tokens
 from nanochat.config import Variant
 from nanochat.errors import UsageError
 from nanochat.model.generate import generate
+from nanochat.model.kv_cache import Token
 from nanochat.model.loss import softcap
 from nanochat.tokenizer.tokenizer import Tokenizer
 
@@ -259,3 +260,28 @@ def test_temperature_0_and_top_1_take_the_likeliest() -> None:
     assert torch.equal(choose_tokens(Sampling(), logits, None), likeliest)
     numbers = torch.full((7,), 0.9, dtype=torch.float64)
     assert torch.equal(choose_tokens(Sampling(temperature=9.0, top_k=1), logits, numbers), likeliest)
+
+
+def test_the_smallest_temperature_takes_the_likeliest_and_nothing_outside_the_vocabulary() -> None:
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    numbers = torch.full((7,), 0.9, dtype=torch.float64)
+    assert torch.equal(choose_tokens(Sampling(temperature=1e-308), logits, numbers), logits.argmax(dim=1))
+
+
+def test_a_step_that_is_broken_off_leaves_nothing_that_the_next_answer_takes_for_whole(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What follows shares all but the last token, whose window reaches back to what the step has overwritten.
+    prompt, sampling = list(range(1, 9)), Sampling(8, temperature=1.0)
+    engine = Engine(MODELS["modern"], tokenizer, calculator=False)
+    finish = Token.finish
+
+    def break_off(step: Token) -> None:
+        raise KeyboardInterrupt
+
+    for last in range(200, 230):
+        monkeypatch.setattr(Token, "finish", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.stream([*prompt, 300], sampling))
+        monkeypatch.setattr(Token, "finish", finish)
+        assert [list(engine.stream([*prompt, last], sampling))] == engine.generate([[*prompt, last]], sampling)

@@ -1,5 +1,6 @@
 """Chat as a person has it: text as it comes, tool calls readable, interruptions and long conversations survived."""
 
+import io
 import os
 import pty
 import select
@@ -18,11 +19,11 @@ from scripts import AFTER_CALL, CALL, successors, tokens_of, watch_passes
 
 from models import random_model, scripted_model
 from nanochat.chat.engine import Engine, Sampling
-from nanochat.chat.terminal import Chat, answer, read_pieces
+from nanochat.chat.terminal import Chat, answer, chat_in_terminal, read_pieces
 from nanochat.checkpoint.store import save_checkpoint
 from nanochat.checkpoint.trained_model import TrainedModel
 from nanochat.corpus.conversation import Part, assistant, user
-from nanochat.errors import ExitCode
+from nanochat.errors import ExitCode, StopSignal
 from nanochat.model.gpt import GPT
 from nanochat.tokenizer.conversation import render_prompt
 from nanochat.tokenizer.tokenizer import Tokenizer
@@ -295,3 +296,17 @@ def test_calls_are_shown_in_brackets(script: tuple[str, ...], shown: str, tokeni
     chat = Chat(trained(model, tokenizer, "base"), Console())
     chat.engine.calculator = False
     assert chat.answer("?", GREEDY, lambda text: None) == shown
+
+
+def test_a_signal_to_stop_ends_the_chat_and_not_only_an_answer(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained(scripted_model(successors(tokenizer, ENDLESS), VOCAB_SIZE), tokenizer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+
+    def stop(text: str) -> None:
+        raise StopSignal("SIGTERM")
+
+    monkeypatch.setattr("nanochat.chat.terminal.write_out", stop)
+    with pytest.raises(StopSignal):
+        chat_in_terminal(model, GREEDY, Console())

@@ -77,18 +77,23 @@ class Decoding:
             given = [NOTHING_ELSE if token is None else token for token in instead]
             self.instead_B.copy_(torch.tensor(given), non_blocking=True)
         self.has_instead = has_instead
-        if self.tokens_B.device.type != "cuda" or not self.is_warm:
-            # The first one runs as it is: what is loaded or set up at a first call cannot be recorded.
-            self._compute()
-            self.is_warm = True
-        else:
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                # Other threads may pin or allocate memory meanwhile, such as a loader's.
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                    self._compute()
-            self.graph.replay()
-        self.cache.lengths = [min(length + 1, self.cache.capacity) for length in self.cache.lengths]
+        try:
+            if self.tokens_B.device.type != "cuda" or not self.is_warm:
+                # The first one runs as it is: what is loaded or set up at a first call cannot be recorded.
+                self._compute()
+                self.is_warm = True
+            else:
+                if self.graph is None:
+                    self.graph = torch.cuda.CUDAGraph()
+                    # Other threads may pin or allocate memory meanwhile, such as a loader's.
+                    with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                        self._compute()
+                self.graph.replay()
+            self.cache.lengths = [min(length + 1, self.cache.capacity) for length in self.cache.lengths]
+        except BaseException:
+            # Broken off, it may have overwritten what the rings held: the cache counts as empty.
+            self.cache.lengths = [0] * len(self.cache.lengths)
+            raise
         self._send()
 
     def select(self, rows: Sequence[int]) -> None:

@@ -268,7 +268,9 @@ def choose_tokens(sampling: Sampling, logits_BV: Tensor, numbers_B: Tensor | Non
         threshold_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, float("-inf"))
     # Where the running sum of probabilities passes the number drawn; in float64, as sums over a vocabulary round.
-    sums_BV = torch.softmax(logits_BV.double() / sampling.temperature, dim=-1).cumsum(dim=-1)
+    # Less the largest, so that the smallest temperature makes no infinities of both signs.
+    logits_BV = logits_BV.double() - logits_BV.amax(dim=-1, keepdim=True)
+    sums_BV = torch.softmax(logits_BV / sampling.temperature, dim=-1).cumsum(dim=-1)
     return torch.searchsorted(sums_BV, numbers_B[:, None] * sums_BV[:, -1:], right=True).squeeze(1)
 
 

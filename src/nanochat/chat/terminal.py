@@ -9,6 +9,7 @@ from dataclasses import replace
 from nanochat.chat.engine import Engine, Sampling
 from nanochat.checkpoint.trained_model import TrainedModel
 from nanochat.corpus.conversation import Message, Part, PartKind, user
+from nanochat.errors import StopSignal
 from nanochat.tokenizer.conversation import render_prompt
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tracking.console import Console
@@ -144,6 +145,8 @@ def chat_in_terminal(trained: TrainedModel, sampling: Sampling, console: Console
     while True:
         try:
             line = input("> " if interactive else "").strip()
+        except StopSignal:
+            raise
         except (EOFError, KeyboardInterrupt):
             write_out("\n" if interactive else "")
             return
@@ -152,8 +155,12 @@ def chat_in_terminal(trained: TrainedModel, sampling: Sampling, console: Console
         if line == "/clear":
             chat.clear()
         elif line:
-            with suppress(KeyboardInterrupt):
+            try:
                 chat.answer(line, sampling, write_out)
+            except StopSignal:
+                raise
+            except KeyboardInterrupt:
+                pass
             write_out("\n")
 
 

@@ -311,8 +311,8 @@ def _attend_to_ring(q_BTHD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, ring
 
 
 def has_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether PyTorch's FlashAttention runs on this device, for heads of this kind."""
-    if device.type != "cuda" or dtype == torch.float32 or head_dim % 8:
+    """Whether PyTorch's FlashAttention, which takes heads of up to 256 channels, runs on this device."""
+    if device.type != "cuda" or dtype == torch.float32 or head_dim % 8 or head_dim > 256:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
