@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 
 from nanochat.config import TrainBaseConfig
+from nanochat.model.attention import sdpa_attention
+from nanochat.model.attention_choice import choose_attention
 from nanochat.model.gpt import GPT
 from nanochat.optim import MuonGroup, ParameterGroup, ScheduleConfig, ShardedOptimizer, schedule_at
 from nanochat.optim.optimizer import ALIGNMENT, BANK_ELEMENTS, cut_adamw, cut_muon
@@ -40,17 +42,20 @@ WARM_UP_STEPS = 3
 SCHEDULE = schedule_at(0, 1000, ScheduleConfig())
 
 
-def groups_of(depth: int, vocab_size: int, device: str | torch.device) -> tuple[GPT, list[ParameterGroup]]:
+def groups_of(depth: int, vocab_size: int, runtime: Runtime) -> tuple[GPT, list[ParameterGroup]]:
     config = TrainBaseConfig(depth=depth)
     shape = base_shape(config, vocab_size)
-    with torch.device(device):
-        model = GPT(shape, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    attention = sdpa_attention
+    if runtime.device.type == "cuda":
+        attention = choose_attention("auto", shape, runtime).function
+    with runtime.device:
+        model = GPT(shape, runtime.compute_dtype, attention)
     return model, parameter_groups(model, config, make_recipe(config, shape, dataset_tokens=10**11))
 
 
 def count(depth: int, ranks: int, vocab_size: int, bank_elements: int) -> dict[str, Any]:
     """The bytes of one step, by the optimizer's own cut."""
-    _, groups = groups_of(depth, vocab_size, "meta")
+    _, groups = groups_of(depth, vocab_size, Runtime(torch.device("meta"), torch.float32))
     numbers, padded, banks = 0, 0, 0
     # Of a matrix of s × l, its share of Muon's work: products of s × l × s and s × s × s.
     all_work, longest_work = 0.0, 0.0
@@ -123,7 +128,7 @@ def ranks_hidden(hidden: bool) -> Iterator[None]:
 def make_step(way: Way, asked: argparse.Namespace, runtime: Runtime, nodes: Nodes | None) -> Callable[[], None]:
     """One optimizer step of two micro-batches, of a model of its own."""
     torch.manual_seed(0)
-    model, groups = groups_of(asked.depth, asked.vocab_size, runtime.device)
+    model, groups = groups_of(asked.depth, asked.vocab_size, runtime)
     model.init_weights()
     compiled = runtime.device.type == "cuda" and asked.compile != "off"
     with ranks_hidden(way.is_alone):

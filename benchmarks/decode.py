@@ -30,6 +30,7 @@ from nanochat.identity import usable_cores
 from nanochat.model.gpt import GPT
 from nanochat.runtime import cpu_has_fast_bfloat16
 from nanochat.tokenizer.train import train_tokenizer
+from peer_attention import best_for_peer
 
 BATCH_SIZES = (1, 8, 64)
 CHAT_TURNS = 5
@@ -117,8 +118,10 @@ def peer_speeds(checkout: Path, config: ModelConfig, asked: argparse.Namespace, 
         *("--config", json.dumps(asdict(config)), "--batch-sizes", json.dumps(BATCH_SIZES), "--device", asked.device),
         *("--prompt-tokens", str(asked.prompt_tokens), "--new-tokens", str(asked.new_tokens)),
         *("--repeats", str(asked.repeats), "--threads", str(asked.threads)),
+        *("--attention", asked.peer_attention),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "NANOCHAT_DTYPE": dtype}
+    path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "NANOCHAT_DTYPE": dtype, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["it printed nothing"])[-1])
@@ -137,11 +140,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--peer-attention", help="own, or a module with FlashAttention 3's functions")
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
         sys.exit("decode: skipped, this process sees no GPU — use --device cpu")
     torch.set_num_threads(asked.threads)
     device = torch.device(asked.device)
+    if asked.peer_attention is None:
+        best = best_for_peer(device)
+        # PyTorch's FlashAttention 2 has nothing for a cache; the peer's own fall-back has.
+        asked.peer_attention = "own" if best == "varlen" else best
     dtype = torch.bfloat16 if device.type == "cuda" or cpu_has_fast_bfloat16() else torch.float32
     config = model_from_depth(asked.depth, asked.vocab_size, asked.sequence_len)
     # Its special tokens are all that matters: a model of random weights says none of them.
@@ -188,6 +196,8 @@ def main() -> None:
         print(f"chat of {CHAT_TURNS} turns, {turn_tokens} + {asked.new_tokens} tokens each, {name}: {shown} ms")
     if skipped:
         print(f"karpathy/nanochat skipped: {skipped}")
+    elif device.type == "cuda":
+        print(f"karpathy/nanochat's attention: {asked.peer_attention}; own is a mask where its hub is out of reach")
     result = {
         "settings": {name: value for name, value in vars(asked).items() if name != "peer"} | {"dtype": str(dtype)},
         "limit_tokens_per_second": limit,

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from peer_attention import stand_in
+
 
 class NoWords:
     """What the peer's engine asks of a tokenizer, with special tokens that a model of random weights never says."""
@@ -35,9 +37,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--attention", required=True)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
+    stand_in(asked.attention)
 
     from nanochat import engine as peer_engine  # type: ignore[attr-defined]  # the checkout's, not ours.
     from nanochat import gpt as peer_gpt  # type: ignore[attr-defined]

@@ -70,7 +70,7 @@ def step_of(
 
 
 def costs(steps: dict[str, Callable[[], None]], asked: argparse.Namespace) -> dict[str, Cost]:
-    """Median seconds and most memory, the steps taking turns."""
+    """Median seconds and the most memory that a step adds to what is held, the steps taking turns."""
     on_gpu = asked.device == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     memory: dict[str, int] = {}
@@ -79,11 +79,12 @@ def costs(steps: dict[str, Callable[[], None]], asked: argparse.Namespace) -> di
             if on_gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
             began = time.perf_counter()
             step()
             if on_gpu:
                 torch.cuda.synchronize()
-                memory[name] = torch.cuda.max_memory_allocated()
+                memory[name] = torch.cuda.max_memory_allocated() - held
             seconds[name].append(time.perf_counter() - began)
     return {name: Cost(statistics.median(found[2:]), memory.get(name)) for name, found in seconds.items()}
 
@@ -92,6 +93,8 @@ def our_costs(channels: int, asked: argparse.Namespace) -> dict[str, Cost]:
     from nanochat.model.fp8 import Fp8Weight
     from nanochat.model.gpt import Linear
 
+    # Depths have shapes of their own, and the compiler gives up on a function at its ninth.
+    torch.compiler.reset()
     steps = {}
     for name in ("bf16", "fp8"):
         matrices = Matrices(channels, Linear).to(asked.device)
@@ -134,7 +137,8 @@ def main() -> None:
     table = {depth: our_costs(CHANNELS_PER_LAYER * depth, asked) for depth in asked.depths}
     skipped = None if asked.peer else "no --peer checkout given"
     if asked.peer:
-        environment = {**os.environ, "PYTHONPATH": str(asked.peer.resolve()), "NANOCHAT_DTYPE": "bfloat16"}
+        path = os.pathsep.join(filter(None, (str(asked.peer.resolve()), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "NANOCHAT_DTYPE": "bfloat16"}
         command = [sys.executable, __file__, "--as-peer", *sys.argv[1:]]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

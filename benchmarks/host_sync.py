@@ -1,6 +1,6 @@
 """What it costs to look at every step's loss before the next step is queued.
 
-    python benchmarks/host_sync.py [--device cuda] [--depth 12] [--steps 60]
+    python benchmarks/host_sync.py [--device cuda --depth 12 --sequence-len 2048 --device-batch-size 32] [--steps 60]
 
 The same run, reading the results of each step at once and one step late, in turns in one process: the median seconds of
 a step. On a CPU, where a step is done when it is queued, both are the same but for noise, and what is told of single

@@ -11,20 +11,23 @@ hyperparameters are not the point, the result is.
   in bfloat16, and with --fp8 also in fp8, and the faster of the two is compared.
 - The peer is its own `scripts.base_train`: torch.compile of the model and of the optimizer is always on there, and its
   scaling rules choose the learning rates. Its default on a CPU is float32; where the CPU has bfloat16 that is tried
-  too, and the faster of the two is compared. On a GPU it is bfloat16, and with --fp8 also its fp8.
+  too, and the faster of the two is compared. On a GPU it is bfloat16, and with --fp8 also its fp8, which takes in the
+  head; ours does not. FlashAttention 3, which it would fetch from a hub, is taken from --peer-attention.
 
 Each mode is first probed for a few steps with an empty compiler cache: that gives its speed, its memory and the time
 until the first step is done (`cold`). Then the peer trains for --minutes, with the cache its probe left, and ours, in
-its default mode, three times, each with schedules made for its own number of steps:
+its default mode, once for each of --equal, each with schedules made for its own number of steps:
 
-- equal tokens: as many steps as the peer;
-- equal training time: as long as the peer's steps took, compilation left out;
-- equal wall clock: as long as the peer took from its start to its last step, start-up and compilation included.
+- tokens: as many steps as the peer;
+- training-time: as long as the peer's steps took, compilation left out;
+- wall-clock: as long as the peer took from its start to its last step, start-up and compilation included.
+
+A training is printed as soon as it is done, as a line of JSON, so that a run which is cut off has not been in vain.
 
 All models are scored on the same validation rows with the same sums. `of peak` is the share of what large matrix
-products in the same dtype reach on this device in the same run, by the FLOPs that `nanochat.model.size` counts. Printed
-are two tables and, last, one line of JSON. The peer warms up over 40 steps whatever the horizon, so give it minutes
-that hold some hundred.
+products reach on this device in the same run, in the same dtype or, for fp8, in bfloat16; FLOPs are counted as
+`nanochat.model.size` does. Last come two tables and one line of JSON with everything. The peer warms up over 40 steps
+whatever the horizon, so give it minutes that hold some hundred.
 """
 
 import argparse
@@ -37,6 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +69,7 @@ from nanochat.tracking.environment import describe_environment
 from nanochat.tracking.metrics import read, series
 from nanochat.training.session import metrics_path
 from nanochat.workspace import Workspace
+from peer_attention import best_for_peer
 
 OUR_SOURCE = Path(nanochat.__file__).parents[1]
 WARM_UP_STEPS = 3
@@ -81,6 +86,9 @@ STEP_LINE = re.compile(r"step 0*\d+/\d+ .*loss")
 PEER_STEP_SECONDS = re.compile(r"\| dt: ([\d.]+)ms")
 PEER_SCORE = re.compile(r"Validation bpb: (\S+)")
 PEER_MEMORY = re.compile(r"Peak memory usage: ([\d.]+)MiB")
+PEER_HAS_FLASH_ATTENTION_3 = "Using Flash Attention 3"
+OUR_ATTENTION = re.compile(r"attention: (\w+)")
+BUDGETS = ("tokens", "training-time", "wall-clock")
 
 
 class ProcessFailedError(Exception):
@@ -123,6 +131,7 @@ class Training:
         train_seconds: all steps, the first counted as a median one.
         wall_seconds: from the start of the process to the end of the last step.
         memory_bytes: the most memory: of tensors on a GPU, resident on a CPU, which the peer does not tell.
+        attention: the kernels that were used.
         bits_per_byte: on the validation rows; None for a probe.
     """
 
@@ -132,6 +141,7 @@ class Training:
     train_seconds: float
     wall_seconds: float
     memory_bytes: float | None
+    attention: str
     bits_per_byte: float | None
 
 
@@ -145,6 +155,7 @@ class Bench:
     shape: Shape
     device: torch.device
     threads: int
+    peer_attention: str
     rows: np.ndarray = field(init=False)
     tokenizer: Tokenizer = field(init=False)
 
@@ -187,14 +198,17 @@ class Bench:
         else:
             command = self._peer_command(steps, fp8=mode.fp8, scored=name != "")
             source, base = str(self.peer), self.peer_base
+        cache = self.ours.cache / f"{mode.side}-{mode.dtype}-{mode.fp8}"
         environment = {
-            "PYTHONPATH": source,
+            "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH")))),
             "PYTHONUNBUFFERED": "1",
             "PYTHONPYCACHEPREFIX": str(self.ours.cache / "python"),  # A checkout may be read-only, and stays as it is.
             "OMP_NUM_THREADS": str(self.threads),
             "NANOCHAT_BASE_DIR": str(base),
             "NANOCHAT_DTYPE": mode.dtype,
-            "TORCHINDUCTOR_CACHE_DIR": str(self.ours.cache / f"{mode.side}-{mode.dtype}-{mode.fp8}"),
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+            "TRITON_CACHE_DIR": str(cache / "triton"),
+            "HF_HUB_OFFLINE": "1",
         }
         output, arrivals = run_timed(command, environment)
         if mode.side == "ours":
@@ -203,23 +217,30 @@ class Bench:
             kind = keys.MEMORY_ALLOCATED if self.device.type == "cuda" else keys.MEMORY_RESERVED
             memory: float | None = max(series(rows, kind)[1]) * 1e9
             score = self._score_ours(mode, steps, run) if name else None
+            attention = OUR_ATTENTION.findall(output)[-1]
         else:
             durations = [float(milliseconds) / 1000 for milliseconds in PEER_STEP_SECONDS.findall(output)]
             on_gpu = PEER_MEMORY.findall(output) if self.device.type == "cuda" else []
             memory = float(on_gpu[-1]) * 2**20 if on_gpu else None
             score = float(PEER_SCORE.findall(output)[-1]) if name else None
+            attention = "sdpa"
+            if PEER_HAS_FLASH_ATTENTION_3 in output:
+                attention = "varlen" if self.peer_attention == "varlen" else "fa3"
         if not len(durations) == len(arrivals) == steps:
             raise RuntimeError(f"{len(durations)} timings and {len(arrivals)} lines of {steps} steps")
         median = statistics.median(durations[WARM_UP_STEPS:])
-        return Training(
+        training = Training(
             steps=steps,
             step_seconds=median,
             start_seconds=arrivals[0] - median,
             train_seconds=sum(durations[1:]) + median,
             wall_seconds=arrivals[-1],
             memory_bytes=memory,
+            attention=attention,
             bits_per_byte=score,
         )
+        print(json.dumps({"mode": str(mode), "name": name or "probe", **asdict(training)}), flush=True)
+        return training
 
     def _our_command(self, mode: Mode, steps: int, run: str) -> list[str]:
         flags = {
@@ -255,7 +276,7 @@ class Bench:
             "sample-every": -1,
         }
         script = Path(__file__).with_name("train_peer.py")
-        arguments = (script, self.peer_base, self.shape.device_batch_size)
+        arguments = (script, self.peer_base, self.shape.device_batch_size, self.peer_attention)
         words = [*map(str, arguments), *(f"--{name}={value}" for name, value in flags.items())]
         return [*words, "--fp8"] if fp8 else words
 
@@ -266,7 +287,12 @@ class Bench:
         model.load_state_dict(checkpoint.model)
         model.to(self.device)
         runtime = Runtime(self.device, dtype)
-        return bits_per_byte(model, self.rows, self.tokenizer.token_bytes(), runtime, self.shape.device_batch_size)
+        score = bits_per_byte(model, self.rows, self.tokenizer.token_bytes(), runtime, self.shape.device_batch_size)
+        del model
+        if self.device.type == "cuda":
+            # The next training needs the memory.
+            torch.cuda.empty_cache()
+        return score
 
 
 def run_timed(command: list[str], environment: dict[str, str]) -> tuple[str, list[float]]:
@@ -307,15 +333,18 @@ def steps_in(seconds: float, probe: Training) -> int:
     return max(WARM_UP_STEPS + 1, round(seconds / probe.step_seconds))
 
 
-def compare(bench: Bench, ours: Mode, our_probe: Training, peer: Mode, steps: int) -> dict[str, Training]:
-    """Train the peer once and ours three times, each with its share of the peer's tokens or time."""
+def compare(
+    bench: Bench, ours: Mode, our_probe: Training, peer: Mode, steps: int, budgets: Sequence[str]
+) -> dict[str, Training]:
+    """Train the peer once and ours once for each budget, each with its share of the peer's tokens or time."""
     theirs = bench.train(peer, steps, "reference")
-    same_wall_seconds = theirs.wall_seconds - our_probe.start_seconds
-    return {
-        "peer": theirs,
-        "equal tokens": bench.train(ours, steps, "equal-tokens"),
-        "equal training time": bench.train(ours, steps_in(theirs.train_seconds, our_probe), "equal-training-time"),
-        "equal wall clock": bench.train(ours, steps_in(same_wall_seconds, our_probe), "equal-wall-clock"),
+    our_steps = {
+        "tokens": steps,
+        "training-time": steps_in(theirs.train_seconds, our_probe),
+        "wall-clock": steps_in(theirs.wall_seconds - our_probe.start_seconds, our_probe),
+    }
+    return {"peer": theirs} | {
+        f"equal {budget}": bench.train(ours, our_steps[budget], f"equal-{budget}") for budget in budgets
     }
 
 
@@ -330,6 +359,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="a checkout of karpathy/nanochat, which is not written to")
     parser.add_argument("--minutes", type=float, default=3.0, help="training time of the peer, and so of ours")
+    parser.add_argument("--equal", nargs="*", choices=BUDGETS, default=BUDGETS, help="none: probes only")
+    parser.add_argument("--peer-attention", help="varlen, own, or a module with FlashAttention 3's functions")
     parser.add_argument("--compile", action="store_true", help="on a CPU, probe ours with torch.compile too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--fp8", action="store_true", help="on a GPU, probe both with fp8 too")
@@ -345,6 +376,8 @@ def main() -> None:
     if arguments.probe_steps <= WARM_UP_STEPS:
         parser.error(f"--probe-steps must be more than the {WARM_UP_STEPS} that warm up")
     on_gpu = arguments.device == "cuda"
+    if on_gpu and arguments.data is None and arguments.equal:
+        parser.error("--data FOLDER: of the built-in corpus a GPU sees all in a few steps, so losses say nothing")
     if on_gpu and not torch.cuda.is_available():
         sys.exit("train: skipped, this process sees no GPU — leave out --device cuda to compare on the CPU")
     for name, (defaults, _, _) in SHAPES.items():
@@ -361,14 +394,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         checkout = arguments.peer and arguments.peer.resolve()
         device = torch.device(arguments.device)
-        bench = Bench(Workspace(Path(name, "ours")), Path(name, "peer"), checkout, shape, device, arguments.threads)
+        peer_attention = arguments.peer_attention or best_for_peer(device)
+        folders = (Workspace(Path(name, "ours")), Path(name, "peer"), checkout)
+        bench = Bench(*folders, shape, device, arguments.threads, peer_attention)
         bench.ours.root.mkdir()
         bench.prepare(arguments.vocab_size, arguments.eval_rows, arguments.data)
-        probes = {mode: bench.train(mode, arguments.probe_steps) for mode in our_modes}
+        probes = {}
+        for mode in our_modes:
+            try:
+                probes[mode] = bench.train(mode, arguments.probe_steps)
+            except ProcessFailedError as error:
+                print(f"{mode}: failed: {error}", flush=True)
         default = Mode("ours", dtypes[-1], compiled=compilations[0])
-        if on_gpu:
-            default = min(our_modes, key=lambda mode: probes[mode].step_seconds)
-        skipped = why_no_peer(bench.peer)
+        if on_gpu and probes:
+            default = min(probes, key=lambda mode: probes[mode].step_seconds)
+        skipped = why_no_peer(bench.peer) or (None if default in probes else f"{default} has failed")
         trainings = {}
         if skipped is None:
             try:
@@ -377,7 +417,8 @@ def main() -> None:
                 probes |= {mode: bench.train(mode, arguments.probe_steps) for mode in peers}
                 fastest = min(peers, key=lambda mode: probes[mode].step_seconds)
                 steps = steps_in(60 * arguments.minutes, probes[fastest])
-                trainings = compare(bench, default, probes[default], fastest, steps)
+                if arguments.equal:
+                    trainings = compare(bench, default, probes[default], fastest, steps, arguments.equal)
             except ProcessFailedError as error:
                 skipped = f"a training failed: {error}"
     machine = describe_environment()["cpu"]
@@ -396,13 +437,14 @@ def main() -> None:
         f"load {load[0]:.1f} → {load[1]:.1f}\n{shape}, vocabulary {arguments.vocab_size:,}, "
         f"{bench.rows.size - len(bench.rows):,} validation tokens\n"
     )
-    print(f"{'':34}{'tokens/s':>12}{'ms/step':>12}{'of peak':>10}{'memory':>12}{'start, cold':>14}")
+    header = f"{'':34}{'tokens/s':>12}{'ms/step':>12}{'of peak':>10}{'memory':>12}{'start, cold':>14}{'attention':>12}"
+    print(header)
     for mode, probe in probes.items():
         rate = shape.total_batch_size / probe.step_seconds
         share = rate * flops_per_token(config) / peaks[mode.dtype]
         memory = "" if probe.memory_bytes is None else f"{probe.memory_bytes / 1e9:.2f} GB"
         speed = f"{rate:12,.0f}{1000 * probe.step_seconds:12,.0f}{share:10.1%}"
-        print(f"{mode!s:34}{speed}{memory:>12}{probe.start_seconds:12.1f} s")
+        print(f"{mode!s:34}{speed}{memory:>12}{probe.start_seconds:12.1f} s{probe.attention:>12}")
     if trainings:
         print(f"\nlosses: {default} against {fastest}")
         print(f"{'':34}{'steps':>12}{'training':>12}{'wall clock':>14}{'bits/byte':>12}")

@@ -1,8 +1,9 @@
-"""The peer's side of `train.py`: karpathy/nanochat's own `scripts.base_train`, with two things replaced.
+"""The peer's side of `train.py`: karpathy/nanochat's own `scripts.base_train`, with three things replaced.
 
 Started by `train.py` in a process whose `nanochat` is the checkout. Where the script evaluates, it scores the
 rows it was handed instead of its own, by the sums of `nanochat.evaluation.bits_per_byte`; where it would save a
-checkpoint, it does nothing. Model, optimizer, schedules, loader and torch.compile are the peer's, untouched.
+checkpoint, it does nothing; where it would fetch attention kernels, it gets those of `peer_attention.py`. Model,
+optimizer, schedules, loader and torch.compile are the peer's, untouched.
 """
 
 import importlib
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+import peer_attention
 
 
 def make_scorer(folder: Path, device_batch_size: int) -> Callable[..., float]:
@@ -46,7 +49,8 @@ def make_scorer(folder: Path, device_batch_size: int) -> Callable[..., float]:
 
 
 def main() -> None:
-    folder, device_batch_size, *flags = sys.argv[1:]
+    folder, device_batch_size, attention, *flags = sys.argv[1:]
+    peer_attention.stand_in(attention)
     scorer = make_scorer(Path(folder), int(device_batch_size))
     for module, name, stand_in in (
         ("nanochat.loss_eval", "evaluate_bpb", scorer),

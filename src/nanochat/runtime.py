@@ -173,6 +173,9 @@ def keep_compiled_code(folder: Path) -> None:
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    # PyTorch is wary of autograd functions such as our loss, though their traced bodies are a part of the key. Without
+    # this a warm start traces the whole backward pass anew: 11.7 s in place of 7 at d4 (benchmarks/LOG.md).
+    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 
 
 def grow_memory_in_place() -> None:

@@ -143,7 +143,7 @@ class Products(TorchDispatchMode):
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._scaled_mm_v2.default:
+        if func is torch.ops.aten._scaled_mm.default:
             self.seen.append((args[0], args[1]))
         return func(*args, **(kwargs or {}))
 

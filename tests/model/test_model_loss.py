@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from nanochat.model.loss import softcap, softcapped_cross_entropy, softcapped_token_losses
+from nanochat.model.loss import less_one_at, softcap, softcapped_cross_entropy, softcapped_token_losses
 
 
 @settings(deadline=None, max_examples=40)
@@ -52,3 +52,11 @@ def test_extreme_logits_stay_finite() -> None:
     assert loss.isfinite()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
+
+
+def test_the_way_of_a_gpu_to_subtract_the_target_gives_the_same() -> None:
+    torch.manual_seed(0)
+    probability_NV, targets_N1 = torch.rand(7, 11), torch.randint(0, 11, (7, 1))
+    fused = less_one_at(probability_NV.clone(), targets_N1, is_fused=True)
+    assert torch.equal(fused, less_one_at(probability_NV.clone(), targets_N1, is_fused=False))
+    assert torch.equal(fused.argmin(dim=1, keepdim=True), targets_N1)

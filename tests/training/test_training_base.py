@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,7 +115,7 @@ def test_the_report_section_tells_what_was_trained(undisturbed: Workspace) -> No
 def test_a_checkpoint_says_what_made_it(undisturbed: Workspace) -> None:
     checkpoint = load_checkpoint(undisturbed.checkpoints("base", "tiny"), 12, "")
     assert checkpoint.config["identity"]["model"]["n_layer"] == 2
-    assert checkpoint.config["environment"]["packages"]["torch"] == torch.__version__
+    assert checkpoint.config["environment"]["packages"]["torch"] == version("torch")
     assert checkpoint.config["identity"]["tokenizer"]
     assert checkpoint.config["identity"]["data"]
     assert len(checkpoint.state["loader"]["lanes"]) == 12
@@ -439,6 +440,23 @@ def test_a_step_never_waits_for_the_gpu(
     assert len(queued) == 12
 
 
+def test_a_model_whose_loss_has_lost_its_gradient_is_not_trained_on(
+    prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a compiler has done that forgot half of the graph: the loss alone looks as always."""
+    forward = GPT.forward
+
+    def forgetful(model: GPT, *tokens: torch.Tensor) -> torch.Tensor:
+        return forward(model, *tokens).detach() + 0 * model.lm_head.weight.sum()
+
+    monkeypatch.setattr(GPT, "forward", forgetful)
+    with pytest.raises(
+        NanochatError, match=r"base would train nothing: the loss is 5.769, and its gradient 0"
+    ) as raised:
+        train_base(CONFIG, RUN, prepared_workspace, CPU)
+    assert raised.value.fix.startswith("try --compile off")
+
+
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 def test_a_run_that_diverged_stops_and_says_so(
     steps_ahead: int, prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
@@ -562,6 +580,7 @@ def test_compiled_training_learns_and_its_code_is_kept_in_the_workspace(
     assert len(losses) == 3
     assert losses[-1] < losses[0]
     assert list(prepared_workspace.cache.glob("inductor/**/*.so"))
+    assert list(prepared_workspace.cache.glob("inductor/aotautograd/*")), "the traced backward pass"
 
 
 def test_bfloat16_learns_and_keeps_float32_weights(prepared_workspace: Workspace) -> None:

@@ -7,6 +7,7 @@ Letters: B batch, T time, H query heads, G key/value heads, D head dimension.
 Which of them a machine can run, and should, is found out by `nanochat.model.attention_choice`.
 """
 
+import functools
 import importlib
 from typing import Any, Protocol
 
@@ -17,6 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Smaller windows are cut into blocks too small to be worth their calls.
 SMALLEST_LOCAL_WINDOW = 32
+
+# PyTorch's varlen attention takes `enable_gqa` and `seqused_k` from 2.12 on.
+VARLEN_HAS_OPTIONS = torch.__version__ >= "2.12"
 
 FA4_KERNELS = "flash_attn.cute.interface"
 
@@ -88,8 +92,11 @@ def varlen_attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int
     from torch.nn.attention.varlen import varlen_attn
 
     batch, time = q_BTHD.shape[:2]
+    # Before, it shares heads without being told.
+    shares_heads = q_BTHD.size(2) != k_BTGD.size(2)
+    attend = functools.partial(varlen_attn, enable_gqa=shares_heads) if VARLEN_HAS_OPTIONS else varlen_attn
     ends = torch.arange(0, (batch + 1) * time, time, dtype=torch.int32, device=q_BTHD.device)
-    y_THD = varlen_attn(
+    y_THD = attend(
         q_BTHD.flatten(0, 1),
         k_BTGD.flatten(0, 1),
         v_BTGD.flatten(0, 1),
@@ -99,7 +106,6 @@ def varlen_attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int
         time,
         # −1 for no window: the kernels skip their tests for one then.
         window_size=(window if window < time - 1 else -1, 0),
-        enable_gqa=q_BTHD.size(2) != k_BTGD.size(2),
     )
     assert isinstance(y_THD, Tensor)
     return y_THD.reshape(q_BTHD.shape)

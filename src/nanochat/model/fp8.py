@@ -28,10 +28,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import ScalingType
 
 from nanochat.errors import UsageError
 
@@ -59,17 +57,10 @@ def multiply(
     first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], dtype: torch.dtype, *, fast: bool = False
 ) -> Tensor:
     """(M, K) · (N, K)ᵀ → (M, N), of quantised matrices that are both contiguous, with their scales."""
-    product: Tensor = F.scaled_mm(
-        first[0],
-        second[0].t(),
-        first[1],
-        ScalingType.TensorWise,
-        second[1],
-        ScalingType.TensorWise,
-        output_dtype=dtype,
-        use_fast_accum=fast,
+    # Not F.scaled_mm: before 2.13 torch.compile breaks its graph there, in each layer, and a CPU has no kernel for it.
+    return torch._scaled_mm(
+        first[0], second[0].t(), scale_a=first[1], scale_b=second[1], out_dtype=dtype, use_fast_accum=fast
     )
-    return product
 
 
 class _Product(torch.autograd.Function):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.config import ModelConfig
-from nanochat.model.attention import Attention, masked_attention
+from nanochat.model.attention import VARLEN_HAS_OPTIONS, Attention, masked_attention
 
 # So many keys, in elements, are copied to float32 at once on a CPU: as many as stay in its cache.
 ELEMENTS_AT_ONCE = 2**20
@@ -278,7 +278,7 @@ class Token:
 def _attend_to_ring(q_BTHD: Tensor, keys_BSGD: Tensor, values_BSGD: Tensor, ring: _Ring) -> Tensor:
     """Attention of one query per row, T = 1, to the slots that it sees."""
     device, dtype = q_BTHD.device, q_BTHD.dtype
-    if ring.seen is not None and has_flash_attention(device, dtype, q_BTHD.size(-1)):
+    if ring.seen is not None and has_flash_attention(device, dtype, q_BTHD.size(-1)) and VARLEN_HAS_OPTIONS:
         # Here, as the module imports torch._dynamo, which takes a second and fixes where compiled code is kept.
         from torch.nn.attention.varlen import varlen_attn
 

@@ -272,6 +272,11 @@ def train(
                     trackers.console.warning(
                         f"step {progress.step}: loss {loss}, gradient norm {gradient_norm}; skipped"
                     )
+                if first_step and loss > 0 and gradient_norm == 0:
+                    raise NanochatError(
+                        f"{stage.name} would train nothing: the loss is {loss:.4g}, and its gradient 0",
+                        "try --compile off; if that helps, this PyTorch compiles the model wrongly",
+                    )
                 show_progress(loss)
                 heartbeat.beat(
                     "running",
