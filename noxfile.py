@@ -64,6 +64,18 @@ def test(session: nox.Session) -> None:
 
 
 @nox.session
+def other_torch(session: nox.Session) -> None:
+    """Run the tests that rest on PyTorch with another release: `-- 2.11.0`, the oldest. What follows goes to pytest."""
+    release, *arguments = session.posargs or ["2.11.0"]
+    session.install("--editable", ".[test]", f"torch=={release}")
+    folders = [f"tests/{room}" for room in ("model", "optim", "training", "chat", "evaluation", "export")]
+    session.run(
+        *("pytest", "--numprocesses=auto", "--dist=loadfile", *(arguments or folders)),
+        env={"OMP_NUM_THREADS": "1", "WANDB_X_DISABLE_STATS": "true"},
+    )
+
+
+@nox.session
 def endurance(session: nox.Session) -> None:
     """Kill the demo, and corpora in the making, at many moments; all must end as undisturbed ones. An hour or so."""
     install(session, "test")
