@@ -55,6 +55,7 @@ def seconds_of(attention: Attention, inputs: list[Tensor], dy: Tensor, window: i
         both_passes()
         return time.perf_counter() - began
     # Several that are queued at once, by the device's own clock: one alone waits for the host.
+    # torch ships Event without annotations.
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
