@@ -47,7 +47,7 @@ def written(out: Path, split: Split) -> list[tuple[list[int], list[bool]]]:
     dataset = TokenDataset.open(out, split, checksums=True)
     lengths = dataset.lengths.tolist()
     return [
-        (dataset.document(i).tolist(), dataset.trained_piece(i, 0, length).astype(bool).tolist())
+        (dataset.document(i).tolist(), dataset.trained_pieces([(i, 0, length)])[0].astype(bool).tolist())
         for i, length in enumerate(lengths)
     ]
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nanochat.loader.order import NaturalOrder, ShuffledOrder
-from nanochat.loader.packing import Lane, LaneState, Piece, Remainders
+from nanochat.loader.packing import Lane, LaneState, Remainders
+from nanochat.loader.token_shards import Piece
 
 documents = st.lists(st.integers(1, 80), min_size=1, max_size=60)
 row_sizes = st.integers(2, 40)

@@ -42,14 +42,14 @@ def test_every_document_comes_back_as_it_was_written_with_its_mask_if_it_has_one
             assert dataset.document(index).tolist() == document_tokens(index, length)
             if mask_seed is not None:
                 mask, start = document_mask(index, length, mask_seed), index % length
-                assert dataset.trained_piece(index, 0, length).tolist() == mask
-                assert dataset.trained_piece(index, start, length).tolist() == mask[start:]
+                assert dataset.trained_pieces([(index, 0, length)])[0].tolist() == mask
+                assert dataset.trained_pieces([(index, start, length)])[0].tolist() == mask[start:]
 
 
 def test_a_data_set_says_which_tokenizer_made_it_and_cannot_be_written_to() -> None:
     with dataset_of(SHARDS, mask_seed=0) as dataset:
         assert (dataset.bos_id, dataset.vocab_size) == (BOS, VOCAB_SIZE)
-        for array in (dataset.document(0), dataset.trained_piece(0, 0, 3)):
+        for array in (dataset.document(0), dataset.trained_pieces([(0, 0, 3)])[0]):
             with pytest.raises(ValueError, match="read-only"):
                 array[0] = 1
 

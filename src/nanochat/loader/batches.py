@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from nanochat.errors import DataError, UsageError
 from nanochat.loader.order import NaturalOrder, ShuffledOrder
-from nanochat.loader.packing import Lane, LaneState, Piece, Remainders
-from nanochat.loader.token_shards import TOKENIZE_COMMAND, TokenDataset
+from nanochat.loader.packing import Lane, LaneState, Remainders
+from nanochat.loader.token_shards import TOKENIZE_COMMAND, Piece, TokenDataset
 
 STATE_VERSION = 1
 VALIDATION_POOL_SIZE = 256
@@ -292,18 +292,18 @@ def write_row(dataset: TokenDataset, plan: Sequence[Piece], row: NDArray[np.int3
     what the model reads and what it is trained to say, and crosses to the device as one. What the plan leaves empty
     is BOS, not trained on.
     """
-    tokens, trained = [], []
-    for document, start, stop in plan:
-        if start > 0:
-            tokens.append(np.array([dataset.bos_id], dtype=np.uint16))
-            trained.append(np.zeros(1, dtype=np.uint8))
-        tokens.append(dataset.piece(document, start, stop))
-        if dataset.is_masked:
-            trained.append(dataset.trained_piece(document, start, stop))
-    filled = row[: sum(map(len, tokens))]
-    np.concatenate(tokens, out=filled)
-    if dataset.is_masked:
-        np.invert(filled, out=filled, where=np.concatenate(trained) == 0)
+    pieces: list[NDArray[Any]] = dataset.pieces(plan)
+    masks: list[NDArray[Any]] = dataset.trained_pieces(plan) if dataset.is_masked else []
+    # From the back, as each insertion moves what comes after it.
+    for place in range(len(plan) - 1, -1, -1):
+        if plan[place][1] > 0:
+            pieces.insert(place, np.array([dataset.bos_id], dtype=np.uint16))
+            if masks:
+                masks.insert(place, np.zeros(1, dtype=np.uint8))
+    filled = row[: sum(map(len, pieces))]
+    np.concatenate(pieces, out=filled)
+    if masks:
+        np.invert(filled, out=filled, where=np.concatenate(masks) == 0)
     row[len(filled) :] = ~dataset.bos_id
 
 

@@ -10,7 +10,8 @@ row ends where no whole document fits any more, and a document longer than a row
 can never clog the pool.
 
 What is packed here are *plans*, not tokens: rows are lists of pieces, and copying tokens comes later. So a
-lane's whole state is a few hundred small integers.
+lane's whole state is a few hundred small integers. A piece that starts within a document takes one more token in the
+row than it has, a BOS put in front of it.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -22,15 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanochat.loader.order import DocumentOrder
+from nanochat.loader.token_shards import Piece
 
 Remainders = Literal["keep", "drop", "pad"]
 
-# Part of a document: (document, start, stop). A document's own first token is BOS; a piece with start > 0 is
-# the tail of a split document and takes one more token in the row, a BOS put in front of it.
-Piece = tuple[int, int, int]
-
 # What is left of a document, from `start` on: (document, start, tokens it takes in a row).
 Pending = tuple[int, int, int]
+
+# Pending pieces are sorted by `(size << NUMBER_BITS) - number`, an integer, as tuples take twice as long to compare.
+# A lane numbers its pieces from 0 on; no run delivers as many as this.
+NUMBER_BITS = 48
+NUMBER_MASK = 2**NUMBER_BITS - 1
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,9 @@ class Lane:
         self._counts = asdict(state.counts)
         self._drawn: Iterator[tuple[int, int]] = iter(())
         self._epoch_is_drawn = False
-        # Pending pieces by number, which counts up from 0 with age, and their (size, −number), sorted: of
-        # equal sizes the oldest comes last.
+        # Pending pieces by number, the oldest first, and their keys: of equal sizes the oldest comes last.
         self._pool: dict[int, Pending] = {}
-        self._sizes: list[tuple[int, int]] = []
+        self._keys: list[int] = []
         self._next_number = 0
         for piece in state.pending:
             self._add(piece)
@@ -143,11 +145,11 @@ class Lane:
         self._refill()
         oldest, (_, _, size) = next(iter(self._pool.items()))
         row: list[Piece] = []
-        space = self._place(bisect_left(self._sizes, (size, -oldest)), self._row_size, row)
+        space = self._place(bisect_left(self._keys, (size << NUMBER_BITS) - oldest), self._row_size, row)
         while space:
             self._refill()
-            # (space, 1) sorts just after every piece of size `space`, because no number is negative.
-            largest_that_fits = bisect_right(self._sizes, (space, 1)) - 1
+            # The largest key of this size that there can be, as no number is negative.
+            largest_that_fits = bisect_right(self._keys, space << NUMBER_BITS) - 1
             if largest_that_fits < 0 and self._remainders == "pad":
                 self._counts["padded"] += space
                 break
@@ -157,12 +159,12 @@ class Lane:
 
     def _refill(self) -> None:
         while len(self._pool) < self._pool_size:
-            drawn = next(self._drawn, None)
-            if drawn is not None:
-                document, length = drawn
+            for document, length in self._drawn:
                 self._position += 1
                 self._add((document, 0, length))
-            elif not self._epoch_is_drawn:
+                if len(self._pool) == self._pool_size:
+                    return
+            if not self._epoch_is_drawn:
                 documents = self._order.block(self._epoch, self._position)
                 self._drawn = zip(documents.tolist(), self._lengths_of(documents).tolist())
                 self._epoch_is_drawn = len(documents) == 0
@@ -177,20 +179,22 @@ class Lane:
         number = self._next_number
         self._next_number = number + 1
         self._pool[number] = piece
-        insort(self._sizes, (piece[2], -number))
+        insort(self._keys, (piece[2] << NUMBER_BITS) - number)
 
     def _place(self, index: int, space: int, row: list[Piece]) -> int:
         """Move a pending piece, or as much of it as fits, into the row. Returns the space that is left."""
-        size, negative_number = self._sizes.pop(index)
-        document, start, _ = self._pool.pop(-negative_number)
+        document, start, size = self._pool.pop(-self._keys.pop(index) & NUMBER_MASK)
         if start == 0:
             self._counts["documents"] += 1
+            first = 0
         else:
             self._counts["added_bos"] += 1
-        stop = start + min(size, space) - (start > 0)
-        row.append((document, start, stop))
+            first = 1
         if size <= space:
+            row.append((document, start, start + size - first))
             return space - size
+        stop = start + space - first
+        row.append((document, start, stop))
         if self._remainders == "keep":
             self._add((document, stop, size - space + 1))
         else:

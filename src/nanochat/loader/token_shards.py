@@ -12,7 +12,7 @@ file more, with the same offsets:
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,9 @@ from nanochat.errors import DataError
 from nanochat.files import MANIFEST_NAME, file_entry, fingerprint, read_manifest, verify_files, whole_file
 
 Split = Literal["train", "val"]
+
+# Part of a document: (document, start, stop), in tokens, of which the document's own first one is BOS.
+Piece = tuple[int, int, int]
 
 MANIFEST_KIND = "tokens"
 TOKENS_SUFFIX = ".tokens.npy"
@@ -215,28 +218,29 @@ class TokenDataset:
         """How many files the tokens are in."""
         return len(self._shards)
 
-    def document(self, index: int) -> NDArray[np.uint16]:
-        """A read-only view of one document's tokens."""
-        return self.piece(index, 0, self._offsets.item(index + 1) - self._offsets.item(index))
-
     @property
     def is_masked(self) -> bool:
         """Whether only some of the tokens are trained on, as in conversations."""
         return bool(self._trained_shards)
 
-    def piece(self, index: int, start: int, stop: int) -> NDArray[np.uint16]:
-        """A read-only view of one document's tokens from `start` to `stop`, which must lie within it."""
-        shard, at = self._place(index)
-        return self._shards[shard][at + start : at + stop]
+    def document(self, index: int) -> NDArray[np.uint16]:
+        """A read-only view of one document's tokens."""
+        return self.pieces([(index, 0, self._offsets.item(index + 1) - self._offsets.item(index))])[0]
 
-    def trained_piece(self, index: int, start: int, stop: int) -> NDArray[np.uint8]:
-        """Which of the tokens of `piece` are trained on, 1 or 0; only of a data set that `is_masked`."""
-        shard, at = self._place(index)
-        return self._trained_shards[shard][at + start : at + stop]
+    def pieces(self, plan: Iterable[Piece]) -> list[NDArray[np.uint16]]:
+        """Read-only views of the tokens of some pieces."""
+        return [self._shards[shard][start:stop] for shard, start, stop in self._places(plan)]
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """The shard of a document and where in it the document begins."""
-        first = self._offsets.item(index)
-        # Of shards that start at the same token all but the last are empty, and bisect_right finds the last.
-        shard = bisect_right(self._shard_starts, first) - 1
-        return shard, first - self._shard_starts[shard]
+    def trained_pieces(self, plan: Iterable[Piece]) -> list[NDArray[np.uint8]]:
+        """Which of the tokens of `pieces` are trained on, 1 or 0; only of a data set that `is_masked`."""
+        return [self._trained_shards[shard][start:stop] for shard, start, stop in self._places(plan)]
+
+    def _places(self, plan: Iterable[Piece]) -> Iterator[tuple[int, int, int]]:
+        """The shard of each piece, and where in it the piece starts and stops."""
+        first_token_of, shard_starts = self._offsets.item, self._shard_starts
+        for document, start, stop in plan:
+            first = first_token_of(document)
+            # Of shards that start at the same token all but the last are empty, and bisect_right finds the last.
+            shard = bisect_right(shard_starts, first) - 1
+            first -= shard_starts[shard]
+            yield shard, first + start, first + stop
