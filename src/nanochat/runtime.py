@@ -178,6 +178,20 @@ def keep_compiled_code(folder: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 
 
+def why_not_compile() -> str | None:
+    """Why torch.compile cannot make code for this CPU, found by having it make some; None if it can.
+
+    It needs a C++ compiler, Python's headers, and room in two folders. What of that is missing shows in a dozen kinds
+    of exceptions.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(8))
+    except Exception as error:
+        # Inductor wraps the error in its own.
+        return _first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+    return None
+
+
 def grow_memory_in_place() -> None:
     """Have the GPU's allocator grow its segments instead of adding ever new ones, unless its variables say otherwise.
 

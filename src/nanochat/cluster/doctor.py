@@ -337,7 +337,7 @@ def check_compiler(compiler: str, headers: str, needed: bool) -> Finding:
         done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError):
         fix = "install g++, or name a compiler in CXX" + ("; or train with --compile off" if needed else "")
-        return Finding("C++ compiler", f"{compiler} does not run, so --compile on fails", state, fix)
+        return Finding("C++ compiler", f"{compiler} does not run, so nothing can be compiled", state, fix)
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), "").strip() or "it fails"
         fix = "install python3-dev (its headers), or unset CXX"

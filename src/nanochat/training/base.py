@@ -165,7 +165,7 @@ def build_stage(
     if checkpoint is not None:
         model.load_state_dict(checkpoint.model)
     model.to(runtime.device)
-    compiled = compiles(config, runtime)
+    compiled = compiles(config, runtime, recipe.total_tokens * model.flops_per_token(), console)
     if config.fp8:
         model.use_fp8(compiled=compiled)
     groups = parameter_groups(model, config, recipe)

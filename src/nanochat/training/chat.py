@@ -305,7 +305,7 @@ def build_stage(
     model = GPT(source.shape, runtime.compute_dtype, attention.function)
     model.load_state_dict((checkpoint or source.checkpoint).model)
     model.to(runtime.device)
-    compiled = compiles(machine, runtime)
+    compiled = compiles(machine, runtime, recipe.total_tokens * model.flops_per_token(), console)
     if machine.fp8:
         model.use_fp8(compiled=compiled)
     groups = parameter_groups(model, source.base, recipe)

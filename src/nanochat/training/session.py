@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nanochat.checkpoint.store import Checkpoint
 from nanochat.checkpoint.trained_model import newest_checkpoint
 from nanochat.config import MachineConfig, TrainBaseConfig, TrainChatConfig
@@ -15,7 +17,7 @@ from nanochat.errors import DataError
 from nanochat.files import read_manifest
 from nanochat.loader.batches import BatchLoader, LoaderConfig, LoaderStatistics
 from nanochat.loader.token_shards import MANIFEST_KIND, TokenDataset
-from nanochat.runtime import Runtime, check_tf32, gather_from_ranks, run_on_main
+from nanochat.runtime import Runtime, check_tf32, gather_from_ranks, run_on_main, why_not_compile
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tracking import keys
 from nanochat.tracking.console import Console, format_seconds
@@ -31,6 +33,11 @@ from nanochat.training.loop import Cadence, Progress, ResumePoint, Stage, Tracke
 from nanochat.training.watchdog import watched
 from nanochat.workspace import Stage as StageName
 from nanochat.workspace import Workspace, check_name
+
+# Compiling takes a minute and then saves a sixth to a quarter of the time; uncompiled, a core trains at this speed
+# (d4 in bfloat16; both in benchmarks/LOG.md, 2026-11-25).
+COMPILING_PAYS_AFTER_SECONDS = 600
+EAGER_FLOPS_PER_CORE = 85e9
 
 
 @dataclass(frozen=True)
@@ -106,13 +113,26 @@ def cadence_of(config: TrainBaseConfig | TrainChatConfig, num_steps: int) -> Cad
     )
 
 
-def compiles(machine: MachineConfig, runtime: Runtime) -> bool:
-    """Whether to compile.
+def compiles(machine: MachineConfig, runtime: Runtime, num_flops: float, console: Console) -> bool:
+    """Whether to compile. Collective where it depends on the machine.
+
+    Args:
+        machine: what was asked for.
+        runtime: where the stage computes.
+        num_flops: of the whole stage, what is already done included: a run that is carried on chooses as before.
+        console: told why a stage that should be compiled is not.
 
     Raises:
         PreflightError: TF32 is set in a way on which compiling fails.
     """
-    compiled = machine.compile == "on" or (machine.compile == "auto" and runtime.device.type == "cuda")
+    compiled = machine.compile != "off"
+    if machine.compile == "auto" and runtime.device.type == "cpu":
+        seconds = num_flops / runtime.world_size / torch.get_num_threads() / EAGER_FLOPS_PER_CORE
+        # Ranks may have other numbers of threads and nodes other compilers; all do the same.
+        compiled = all(gather_from_ranks(seconds > COMPILING_PAYS_AFTER_SECONDS))
+        if compiled and (failures := [reason for reason in gather_from_ranks(why_not_compile()) if reason]):
+            console.warning(f"compiled training would be faster, but compiling fails here: {failures[0]}")
+            compiled = False
     if compiled:
         # Once more: what was imported since the start may have set it.
         check_tf32()
