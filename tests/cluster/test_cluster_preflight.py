@@ -170,6 +170,7 @@ def test_an_unknown_stage_is_a_problem_and_all_are_checked(workspace: Workspace)
         ({"depth": 0}, "has no layers"),
         ({"num_kv_heads": 3}, "cannot share 3 key/value heads"),
         ({"window_pattern": "X"}, "other than S and L"),
+        ({"fp8": True, "sequence_len": 60}, "--fp8 needs a context that is a multiple of 16"),
         ({"total_batch_size": 100}, "not a whole number of rows"),
         ({"num_steps": None, "target_epochs": 1e-6}, "nothing would be trained"),
         ({"model_tag": "a/b"}, "not usable as a file name"),

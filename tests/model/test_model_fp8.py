@@ -278,7 +278,7 @@ def test_gpus_without_fp8_are_refused(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     if not refused:
-        fp8.check_fp8(32, 32, torch.device("cuda"))
+        fp8.check_fp8(torch.device("cuda"))
         return
     with pytest.raises(UsageError, match="NVIDIA A100 — leave out --fp8"):
-        fp8.check_fp8(32, 32, torch.device("cuda"))
+        fp8.check_fp8(torch.device("cuda"))

@@ -40,7 +40,7 @@ from nanochat.errors import NanochatError, UsageError
 from nanochat.files import MANIFEST_NAME, read_json, read_manifest, verify_files
 from nanochat.loader.token_shards import MANIFEST_KIND as TOKENS_KIND
 from nanochat.loader.token_shards import TOKENIZE_COMMAND, split_fingerprint
-from nanochat.model.size import flops_per_token, parameter_counts
+from nanochat.model.size import check_fp8_sizes, flops_per_token, parameter_counts
 from nanochat.tasks.hub import HubDataset
 from nanochat.tasks.inventory import check_inventory
 from nanochat.tasks.mixture import check_mixtures, mixtures_of, parse_mixture
@@ -634,7 +634,9 @@ FILES = (*MANIFESTS, verify_files)
 CHECKS = (
     Check("run name", check_run, (check_run_name, check_name)),
     Check("stages", check_stages, (stage_names,)),
-    Check("model", check_model, (check_name, model_from_depth, ModelConfig.__post_init__, make_recipe)),
+    Check(
+        "model", check_model, (check_name, model_from_depth, ModelConfig.__post_init__, check_fp8_sizes, make_recipe)
+    ),
     Check("processes", check_processes, (check_ranks, chat_batch_size)),
     Check("data", check_data, (find_text_files, open_corpus, *FILES), FIX_CORPUS),
     Check("tokenizer", check_tokenizer, (check_tokenizer_settings, split_pattern, *FILES), FIX_TOKENIZER),

@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanochat.errors import UsageError
+from nanochat.model.size import FP8_MULTIPLE
 
-# What fp8 kernels ask of every dimension of a matrix.
-MULTIPLE = 16
 FIRST_CAPABILITY = (8, 9)
 # Of a tensor of zeros, any scale will do.
 SMALLEST_PEAK = 1e-12
@@ -134,21 +133,17 @@ def _compiled_write_copies() -> Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 def fits(weight: Tensor) -> bool:
     """Whether fp8 kernels can multiply by this matrix."""
-    return all(size % MULTIPLE == 0 for size in weight.shape)
+    return all(size % FP8_MULTIPLE == 0 for size in weight.shape)
 
 
-def check_fp8(n_embd: int, sequence_len: int, device: torch.device) -> None:
-    """Refuse what would fail in the first step, or train in bf16 without a word. A CPU can do it all, slowly.
+def check_fp8(device: torch.device) -> None:
+    """Refuse a GPU without fp8. A CPU can do it all, slowly.
 
     Raises:
-        UsageError: this GPU has no fp8, or the model's width or context is not a multiple of 16.
+        UsageError: names the GPU.
     """
-    without = "leave out --fp8"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is not None or capability < FIRST_CAPABILITY:
             name = torch.cuda.get_device_name(device)
-            raise UsageError(f"--fp8 needs an NVIDIA GPU from Ada or Hopper on, this is {name}", without)
-    for what, size in {"width": n_embd, "context": sequence_len}.items():
-        if size % MULTIPLE:
-            raise UsageError(f"--fp8 needs a {what} that is a multiple of {MULTIPLE}, this is {size}", without)
+            raise UsageError(f"--fp8 needs an NVIDIA GPU from Ada or Hopper on, this is {name}", "leave out --fp8")

@@ -27,7 +27,7 @@ from nanochat.config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, ModelConfi
 from nanochat.model.attention import Attention, sdpa_attention
 from nanochat.model.fp8 import Fp8Weight, check_fp8, fits
 from nanochat.model.loss import softcap, softcapped_cross_entropy, softcapped_token_losses
-from nanochat.model.size import flops_per_token, parameter_counts
+from nanochat.model.size import check_fp8_sizes, flops_per_token, parameter_counts
 
 ROPE_THETA = 100_000.0
 # Given explicitly: F.rms_norm's default is the machine epsilon of the input's dtype, 0.0078 in bfloat16.
@@ -243,7 +243,8 @@ class GPT(nn.Module):
         Raises:
             UsageError: fp8 cannot multiply by any of them, or not on this device.
         """
-        check_fp8(self.config.n_embd, self.config.sequence_len, self.lm_head.weight.device)
+        check_fp8_sizes(self.config)
+        check_fp8(self.lm_head.weight.device)
         for linear in self.transformer["h"].modules():
             if isinstance(linear, Linear) and fits(linear.weight):
                 linear.fp8 = Fp8Weight(linear.weight, compiled=compiled)

@@ -1,6 +1,10 @@
 """How large a model is and what a token costs it, from its shape alone: login nodes ask, without waiting for torch."""
 
 from nanochat.config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, ModelConfig
+from nanochat.errors import UsageError
+
+# What fp8 kernels ask of every dimension of a matrix.
+FP8_MULTIPLE = 16
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -28,3 +32,16 @@ def flops_per_token(config: ModelConfig) -> int:
     """
     matmul_weights = parameter_counts(config)["scaling"] + (SMEAR_GATE_CHANNELS if config.variant == "modern" else 0)
     return 6 * matmul_weights + sum(12 * config.n_embd * window for window in config.windows)
+
+
+def check_fp8_sizes(config: ModelConfig) -> None:
+    """Refuse a shape that would fail in the first step with fp8, or train in bf16 without a word.
+
+    Raises:
+        UsageError: the model's width or context is not a multiple of 16.
+    """
+    for what, size in {"width": config.n_embd, "context": config.sequence_len}.items():
+        if size % FP8_MULTIPLE:
+            raise UsageError(
+                f"--fp8 needs a {what} that is a multiple of {FP8_MULTIPLE}, this is {size}", "leave out --fp8"
+            )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from nanochat.config import ModelConfig, RunConfig, StageName, TrainBaseConfig, TrainChatConfig, model_from_depth
 from nanochat.errors import UsageError
-from nanochat.model.size import flops_per_token, parameter_counts
+from nanochat.model.size import check_fp8_sizes, flops_per_token, parameter_counts
 
 REFERENCE_DEPTH = 12
 REFERENCE_RATIO = 12.0
@@ -52,8 +52,8 @@ class Recipe:
 
 
 def base_shape(config: TrainBaseConfig, vocab_size: int) -> ModelConfig:
-    """The model that the settings ask for."""
-    return model_from_depth(
+    """The model that the settings ask for. Raises UsageError if they make none, or none that fp8 can train."""
+    shape = model_from_depth(
         config.depth,
         vocab_size,
         config.sequence_len,
@@ -63,6 +63,9 @@ def base_shape(config: TrainBaseConfig, vocab_size: int) -> ModelConfig:
         window_pattern=config.window_pattern,
         variant=config.variant,
     )
+    if config.fp8:
+        check_fp8_sizes(shape)
+    return shape
 
 
 def reference_horizon(vocab_size: int, sequence_len: int) -> float:
