@@ -14,17 +14,22 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.config import ModelConfig
+from nanochat.config import AttentionName, ModelConfig
 from nanochat.errors import UsageError
 from nanochat.identity import usable_cores
 from nanochat.model.attention import Attention, local_attention, masked_attention, sdpa_attention
 from nanochat.model.attention_choice import LADDER, choose_attention
 from nanochat.runtime import Runtime, allow_tf32, choose_compute_dtype
+
+# A backend's function and what it runs in.
+Candidate = tuple[Attention, AbstractContextManager[Any]]
 
 # On a GPU.
 PASSES_AT_ONCE = 20
@@ -67,22 +72,27 @@ def seconds_of(attention: Attention, inputs: list[Tensor], dy: Tensor, window: i
     return milliseconds / 1000 / PASSES_AT_ONCE
 
 
-def candidates(runtime: Runtime, shape: ModelConfig) -> tuple[list[tuple[str, Callable[[], Attention]]], list[str]]:
+def candidates(runtime: Runtime, shape: ModelConfig) -> tuple[dict[str, Callable[[], Candidate]], list[str]]:
     """What can be run, by name, each with what activates it, and why the rest cannot."""
-    found: list[tuple[str, Callable[[], Attention]]] = [
-        ("full", lambda: full),
-        ("mask", lambda: mask),
-        ("blocks", lambda: local_attention),
-    ]
+    found: dict[str, Callable[[], Candidate]] = {
+        "full": lambda: (full, nullcontext()),
+        "mask": lambda: (mask, nullcontext()),
+        "blocks": lambda: (local_attention, nullcontext()),
+    }
+
+    def activate(name: AttentionName) -> Candidate:
+        chosen = choose_attention(name, shape, runtime)
+        return chosen.function, chosen.context()
+
     skipped = []
     for name in LADDER:
         try:
-            choose_attention(name, shape, runtime)
+            activate(name)
         except UsageError as error:
             skipped.append(error.what)
         else:
             # Chosen anew each time, as FlashAttention 3 takes the place of PyTorch's own for the whole process.
-            found.append((name, partial(lambda name: choose_attention(name, shape, runtime).function, name)))
+            found[name] = partial(activate, name)
     return found, skipped
 
 
@@ -121,16 +131,17 @@ def main() -> None:
             for count in (asked.heads, kv_heads, kv_heads)
         ]
         dy = torch.randn_like(inputs[0])
-        fastest = {name: float("inf") for name, _ in backends}
+        fastest = {name: float("inf") for name in backends}
         compiled: dict[str, Attention] = {}
         for _ in range(asked.repeats):
-            for name, activate in backends:
-                attention = activate()
+            for name, activate in backends.items():
+                attention, surroundings = activate()
                 if asked.compile:
                     attention = compiled.setdefault(name, torch.compile(attention, fullgraph=True, dynamic=False))
-                # Once to compile and to warm up what another backend has turned cold.
-                seconds_of(attention, inputs, dy, window)
-                fastest[name] = min(fastest[name], seconds_of(attention, inputs, dy, window))
+                with surroundings:
+                    # Once to compile and to warm up what another backend has turned cold.
+                    seconds_of(attention, inputs, dy, window)
+                    fastest[name] = min(fastest[name], seconds_of(attention, inputs, dy, window))
         visible = sum(min(position, window) + 1 for position in range(context))
         flops = 3.5 * 4 * asked.rows * asked.heads * asked.head_dim * visible
         for name, seconds in fastest.items():

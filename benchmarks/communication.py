@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.config import TrainBaseConfig
-from nanochat.model.attention import sdpa_attention
+from nanochat.model.attention import Attention, sdpa_attention
 from nanochat.model.attention_choice import choose_attention
 from nanochat.model.gpt import GPT
 from nanochat.optim import MuonGroup, ParameterGroup, ScheduleConfig, ShardedOptimizer, schedule_at
@@ -42,12 +42,11 @@ WARM_UP_STEPS = 3
 SCHEDULE = schedule_at(0, 1000, ScheduleConfig())
 
 
-def groups_of(depth: int, vocab_size: int, runtime: Runtime) -> tuple[GPT, list[ParameterGroup]]:
+def groups_of(
+    depth: int, vocab_size: int, runtime: Runtime, attention: Attention = sdpa_attention
+) -> tuple[GPT, list[ParameterGroup]]:
     config = TrainBaseConfig(depth=depth)
     shape = base_shape(config, vocab_size)
-    attention = sdpa_attention
-    if runtime.device.type == "cuda":
-        attention = choose_attention("auto", shape, runtime).function
     with runtime.device:
         model = GPT(shape, runtime.compute_dtype, attention)
     return model, parameter_groups(model, config, make_recipe(config, shape, dataset_tokens=10**11))
@@ -128,7 +127,9 @@ def ranks_hidden(hidden: bool) -> Iterator[None]:
 def make_step(way: Way, asked: argparse.Namespace, runtime: Runtime, nodes: Nodes | None) -> Callable[[], None]:
     """One optimizer step of two micro-batches, of a model of its own."""
     torch.manual_seed(0)
-    model, groups = groups_of(asked.depth, asked.vocab_size, runtime)
+    shape = base_shape(TrainBaseConfig(depth=asked.depth), asked.vocab_size)
+    attention = choose_attention("auto", shape, runtime)
+    model, groups = groups_of(asked.depth, asked.vocab_size, runtime, attention.function)
     model.init_weights()
     compiled = runtime.device.type == "cuda" and asked.compile != "off"
     with ranks_hidden(way.is_alone):
@@ -146,6 +147,7 @@ def make_step(way: Way, asked: argparse.Namespace, runtime: Runtime, nodes: Node
     elif compiled:
         for block in model.get_submodule("transformer.h").children():
             block.compile(dynamic=False)
+    forward = attention.around(forward)
     torch.manual_seed(runtime.rank)
     rows = torch.randint(asked.vocab_size, (asked.device_batch_size, asked.sequence_len + 1), device=runtime.device)
 

@@ -6,12 +6,15 @@ between them and the model is real: layouts, windows, gradients, and what torch.
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend
 from torch.testing import assert_close
 
 from distributed import run_distributed
@@ -24,10 +27,19 @@ from nanochat.model.attention import (
     masked_attention,
     sdpa_attention,
     varlen_attention,
-    varlen_or_cudnn_attention,
+    varlen_or_sdpa_attention,
 )
-from nanochat.model.attention_choice import LADDER, TOLERANCES, Backend, choose_attention, largest_error, missing
+from nanochat.model.attention_choice import (
+    LADDER,
+    TOLERANCES,
+    Backend,
+    ChosenAttention,
+    choose_attention,
+    largest_error,
+    missing,
+)
 from nanochat.runtime import Runtime
+from toolchain import needs_compiler
 
 CPU = torch.device("cpu")
 SHAPE = model_from_depth(2, 64, 64, head_dim=32)
@@ -176,7 +188,7 @@ def test_a_wrong_kernel_is_outside_the_tolerance(wrong: Attention, dtype: torch.
     assert not error_of(wrong, dtype) <= TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("attention", [varlen_attention, varlen_or_cudnn_attention])
+@pytest.mark.parametrize("attention", [varlen_attention, varlen_or_sdpa_attention])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.usefixtures("flash_kernels")
 def test_varlen_gives_the_kernel_rows_windows_and_gradients(attention: Attention, num_kv_heads: int) -> None:
@@ -190,7 +202,7 @@ def test_fa4_gives_the_kernel_windows_and_gradients(num_kv_heads: int) -> None:
 
 
 @pytest.mark.usefixtures("flash_kernels", "fa4_kernels")
-@pytest.mark.parametrize("attention", [varlen_attention, varlen_or_cudnn_attention, fa4_attention])
+@pytest.mark.parametrize("attention", [varlen_attention, varlen_or_sdpa_attention, fa4_attention])
 def test_torch_compile_takes_flash_attention_whole(attention: Attention) -> None:
     torch.compiler.reset()
     compiled = torch.compile(attention, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -210,6 +222,34 @@ def test_each_backend_that_this_gpu_can_run_is_exact_also_compiled(name: Attenti
         sizes = {"num_heads": 4, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         for attention in (chosen.function, compiled):
             assert largest_error(attention, **sizes, device=device, dtype=torch.bfloat16) < TOLERANCES[torch.bfloat16]
+
+
+def test_cudnn_is_preferred_by_the_training_step_and_by_nothing_else() -> None:
+    def preferred(_: Tensor) -> Tensor:
+        return torch.tensor(torch._C._get_sdp_priority_order()[0])
+
+    usual = int(preferred(torch.empty(0)))
+    varlen = ChosenAttention("varlen", varlen_or_sdpa_attention, {}, LADDER["varlen"].context)
+    assert int(varlen.around(preferred)(torch.empty(0))) == SDPBackend.CUDNN_ATTENTION.value != usual
+    assert int(preferred(torch.empty(0))) == usual
+    chosen = choose_attention("auto", SHAPE, Runtime(CPU, torch.float32))
+    assert int(chosen.around(preferred)(torch.empty(0))) == usual
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["sdpa", "varlen"])
+def test_the_trace_of_compiled_attention_is_kept_for_the_next_start(
+    name: AttentionName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    counters.clear()
+    chosen = ChosenAttention(name, LADDER[name].load(), {}, LADDER[name].context)
+    compiled = torch.compile(chosen.function, fullgraph=True, dynamic=False)
+    queries, keys, values = (torch.randn(1, 64, 2, 16, requires_grad=True) for _ in range(3))
+    chosen.around(compiled)(queries, keys, values, 64).sum().backward()
+    assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
+    assert counters["aot_autograd"]["autograd_cache_saved"] == 1
 
 
 def test_on_a_cpu_pytorchs_own_attention_is_chosen_and_the_line_says_why_no_other() -> None:

@@ -9,6 +9,7 @@ Which of them a machine can run, and should, is found out by `nanochat.model.att
 
 import functools
 import importlib
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -111,21 +112,27 @@ def varlen_attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int
     return y_THD.reshape(q_BTHD.shape)
 
 
-def varlen_or_cudnn_attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:
-    """FlashAttention 2 for windows and cuDNN, which knows none but is about twice as fast on Hopper, for full layers.
-
-    transformers' pull request 48163 has the figures. What cuDNN cannot take falls to the next kernel of the list.
-    """
+def varlen_or_sdpa_attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:
+    """FlashAttention 2 for layers with a window; for the others PyTorch's own choice, see `prefer_cudnn`."""
     if window < q_BTHD.size(1) - 1:
         return varlen_attention(q_BTHD, k_BTGD, v_BTGD, window)
+    return _attention(q_BTHD, k_BTGD, v_BTGD, is_causal=True)
+
+
+def prefer_cudnn() -> AbstractContextManager[Any]:
+    """Inside, PyTorch's own attention is cuDNN's where it can be, as that is about twice as fast on Hopper.
+
+    transformers' pull request 48163 has the figures. What cuDNN cannot take falls to the next kernel of the list. It is
+    for training, with its one length, since cuDNN plans anew for each; and it goes around compiled code, because code
+    with such a switch in it is traced anew at every start.
+    """
     order = [
         SDPBackend.CUDNN_ATTENTION,
         SDPBackend.FLASH_ATTENTION,
         SDPBackend.EFFICIENT_ATTENTION,
         SDPBackend.MATH,
     ]
-    with sdpa_kernel(order, set_priority=True):
-        return _attention(q_BTHD, k_BTGD, v_BTGD, is_causal=True)
+    return sdpa_kernel(order, set_priority=True)
 
 
 def fa4_attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int) -> Tensor:

@@ -6,9 +6,10 @@ a word. So each is tried, forwards and backwards, on a small case whose answer i
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final, ParamSpec
 
 import torch
 from torch import Tensor
@@ -24,14 +25,17 @@ from nanochat.model.attention import (
     Attention,
     fa4_attention,
     masked_attention,
+    prefer_cudnn,
     sdpa_attention,
     varlen_attention,
-    varlen_or_cudnn_attention,
+    varlen_or_sdpa_attention,
 )
 from nanochat.runtime import Runtime, gather_from_ranks
 
 FA3_MODULE: Final = "flash_attn_interface"
 FA4_MODULE: Final = "flash_attn.cute"
+
+Arguments = ParamSpec("Arguments")
 
 PROBE_TOKENS = 256
 PROBE_WINDOWS = (PROBE_TOKENS // 4, PROBE_TOKENS)
@@ -50,12 +54,14 @@ class Backend:
         capability: the oldest GPU that it runs on; None where it needs no GPU.
         newest: the newest major version of those GPUs, where there is one.
         module: what must be importable.
+        context: what training, forwards, runs in.
     """
 
     load: Callable[[], Attention]
     capability: tuple[int, int] | None = None
     newest: int | None = None
     module: str | None = None
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,22 @@ class ChosenAttention:
         name: of its backend.
         function: what computes it.
         passed_over: the backends before it on the ladder, each with the reason.
+        context: what training, forwards, runs in.
     """
 
     name: AttentionName
     function: Attention
     passed_over: Mapping[str, str]
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def around(self, forward: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+        """A function of a model with this attention, compiled or not, in the context that is for training."""
+
+        def forward_in_context(*arguments: Arguments.args, **named: Arguments.kwargs) -> Tensor:
+            with self.context():
+                return forward(*arguments, **named)
+
+        return forward_in_context
 
     def __str__(self) -> str:
         """One line for the console."""
@@ -89,7 +106,7 @@ LADDER: Mapping[AttentionName, Backend] = MappingProxyType(
     {
         "fa3": Backend(_load_fa3, capability=(9, 0), newest=9, module=FA3_MODULE),
         "fa4": Backend(lambda: fa4_attention, capability=(9, 0), module=FA4_MODULE),
-        "varlen": Backend(lambda: varlen_or_cudnn_attention, capability=(8, 0)),
+        "varlen": Backend(lambda: varlen_or_sdpa_attention, capability=(8, 0), context=prefer_cudnn),
         "sdpa": Backend(lambda: sdpa_attention),
     }
 )
@@ -117,7 +134,7 @@ def choose_attention(asked: AttentionName, shape: ModelConfig, runtime: Runtime)
         outcomes: list[str | None] = gather_from_ranks(found if isinstance(found, str) else None)
         reason = next((outcome for outcome in outcomes if outcome is not None), None)
         if reason is None and not isinstance(found, str):
-            return ChosenAttention(name, found, passed_over)
+            return ChosenAttention(name, found, passed_over, backend.context)
         passed_over[name] = str(reason)
     if current_flash_attention_impl() is not None:
         restore_flash_attention_impl()
@@ -185,14 +202,15 @@ def _try(backend: Backend, shape: ModelConfig, runtime: Runtime) -> Attention | 
     num_kv_heads = min(shape.n_kv_head, 2)
     try:
         attention = backend.load()
-        error = largest_error(
-            attention,
-            num_heads=num_kv_heads * (shape.n_head // shape.n_kv_head),
-            num_kv_heads=num_kv_heads,
-            head_dim=shape.head_dim,
-            device=runtime.device,
-            dtype=runtime.compute_dtype,
-        )
+        with backend.context():
+            error = largest_error(
+                attention,
+                num_heads=num_kv_heads * (shape.n_head // shape.n_kv_head),
+                num_kv_heads=num_kv_heads,
+                head_dim=shape.head_dim,
+                device=runtime.device,
+                dtype=runtime.compute_dtype,
+            )
     except Exception as failure:
         # Compilers, loaders and kernels of others fail in ways of their own, and none of them is a reason to stop.
         first_line = (str(failure).strip().splitlines() or [""])[0]

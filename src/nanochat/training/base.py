@@ -198,7 +198,7 @@ def build_stage(
     stage = Stage(
         name=STAGE,
         model=model,
-        forward=torch.compile(model, dynamic=False) if compiled else model,
+        forward=attention.around(torch.compile(model, dynamic=False) if compiled else model),
         optimizer=optimizer,
         loader=open_loader(inputs.train, layout, config.device_batch_size, checkpoint, runtime, console),
         schedule=lambda step: schedule_at(step, recipe.num_steps, schedule),
