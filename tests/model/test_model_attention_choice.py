@@ -237,9 +237,11 @@ def test_cudnn_is_preferred_by_the_training_step_and_by_nothing_else() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["sdpa", "varlen"])
+@pytest.mark.parametrize("name", ["fa4", "varlen", "sdpa"])
+@pytest.mark.parametrize("window", [16, 64])
+@pytest.mark.usefixtures("flash_kernels", "fa4_kernels")
 def test_the_trace_of_compiled_attention_is_kept_for_the_next_start(
-    name: AttentionName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: AttentionName, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
@@ -247,7 +249,7 @@ def test_the_trace_of_compiled_attention_is_kept_for_the_next_start(
     chosen = ChosenAttention(name, LADDER[name].load(), {}, LADDER[name].context)
     compiled = torch.compile(chosen.function, fullgraph=True, dynamic=False)
     queries, keys, values = (torch.randn(1, 64, 2, 16, requires_grad=True) for _ in range(3))
-    chosen.around(compiled)(queries, keys, values, 64).sum().backward()
+    chosen.around(compiled)(queries, keys, values, window).sum().backward()
     assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
     assert counters["aot_autograd"]["autograd_cache_saved"] == 1
 
