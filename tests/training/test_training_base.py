@@ -564,7 +564,7 @@ def test_the_other_ways_to_train_learn_as_well(change: dict[str, Any], prepared_
 
 
 @needs_compiler
-def test_compiled_training_learns_and_its_code_is_kept_in_the_workspace(
+def test_compiled_training_learns_keeps_its_code_and_resumes_exactly(
     prepared_workspace: Workspace,
     run_command: Callable[..., "subprocess.CompletedProcess[str]"],
     monkeypatch: pytest.MonkeyPatch,
@@ -573,14 +573,23 @@ def test_compiled_training_learns_and_its_code_is_kept_in_the_workspace(
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     flags = "--depth 1 --aspect-ratio 32 --head-dim 16 --sequence-len 32 --lanes 4 --num-steps 3 --eval-tokens 256"
     batch = "--total-batch-size 128 --device-batch-size 4 --dtype float32 --wandb disabled --compile on --log-every 1"
-    names = ("--run", RUN, "--model-tag", "tiny")
-    result = run_command("train", "base", *names, *flags.split(), *batch.split(), workspace=prepared_workspace.root)
+    names = ("--run", RUN, "--model-tag", "tiny", "--save-every", "2")
+    command = ("train", "base", *names, *flags.split(), *batch.split())
+    result = run_command(*command, workspace=prepared_workspace.root)
     assert result.returncode == 0, result.stderr
     losses = [row["batch/loss"] for row in results(prepared_workspace) if "batch/loss" in row]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
     assert list(prepared_workspace.cache.glob("inductor/**/*.so"))
     assert list(prepared_workspace.cache.glob("inductor/aotautograd/*")), "the traced backward pass"
+
+    last = prepared_workspace.checkpoints("base", "tiny") / "step_000003"
+    tensors = {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+    shutil.rmtree(last)
+    result = run_command(*command, workspace=prepared_workspace.root)
+    assert "carrying on from step_000002" in result.stdout
+    assert {path.name: path.read_bytes() for path in last.glob("*.safetensors")} == tensors
+    assert len(tensors) == 2
 
 
 def test_bfloat16_learns_and_keeps_float32_weights(prepared_workspace: Workspace) -> None:
