@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.testing import assert_close
 
 from distributed import run_distributed
 from nanochat.config import AttentionName, model_from_depth
 from nanochat.errors import UsageError
-from nanochat.model import attention_choice
+from nanochat.model import attention_choice, gpt
 from nanochat.model.attention import (
     Attention,
     fa4_attention,
@@ -38,6 +39,7 @@ from nanochat.model.attention_choice import (
     largest_error,
     missing,
 )
+from nanochat.model.gpt import GPT
 from nanochat.runtime import Runtime
 from toolchain import needs_compiler
 
@@ -252,6 +254,25 @@ def test_the_trace_of_compiled_attention_is_kept_for_the_next_start(
     chosen.around(compiled)(queries, keys, values, window).sum().backward()
     assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
     assert counters["aot_autograd"]["autograd_cache_saved"] == 1
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch for CUDA, though no GPU")
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("name", ["fa4", "varlen", "sdpa"])
+def test_on_a_gpu_the_model_is_one_graph(name: AttentionName, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced with tensors that have a device and no memory, which shows what breaks the graph or is not there."""
+    monkeypatch.setattr(gpt, "check_fp8", lambda device: None)
+    torch.compiler.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = GPT(model_from_depth(4, 512, 256), torch.bfloat16, LADDER[name].load())
+        if fp8:
+            model.use_fp8(compiled=False)
+        with model.quantised():
+            inputs, targets = torch.empty(2, 2, 256, dtype=torch.int64)
+            graph = torch._dynamo.export(model)(inputs, targets).graph_module.graph
+    called = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    expected = {"fa4": "nanochat.fa4.default", "varlen": "torch_attn._varlen_attn"}
+    assert expected.get(name, "<built-in function scaled_dot_product_attention>") in called
 
 
 def test_on_a_cpu_pytorchs_own_attention_is_chosen_and_the_line_says_why_no_other() -> None:
