@@ -1,10 +1,10 @@
 """How fast text becomes token ids: tiktoken, ours with and without fastokens, and the whole stage, in one run.
 
-python benchmarks/tokenising.py [--corpus FOLDER] [--vocab-size N] [--documents N] [--repeats N]
+python benchmarks/tokenising.py [--corpus FOLDER] [--copies N] [--vocab-size N] [--documents N] [--repeats N]
 
 All sides encode the same documents with the same vocabulary. The whole stage also reads and checks parquet shards and
-writes token shards, with one and two processes, timed as a whole command. Printed are a table and, last, one
-line of JSON.
+writes token shards, with one and two processes, timed as a whole command; its text is the corpus --copies times over,
+to be long beside the start of Python. Printed are a table and, last, one line of JSON.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from unittest import mock
 import tiktoken
 
 from nanochat.corpus.builtin import build_builtin_corpus
-from nanochat.corpus.shards import read_texts
+from nanochat.corpus.shards import adopt, read_texts
+from nanochat.files import MANIFEST_NAME
 from nanochat.identity import usable_cores
 from nanochat.loader.tokenize import TEXTS_PER_BATCH, tokenize_corpus
 from nanochat.tokenizer.bulk import BulkEncoder, load_fast
@@ -94,13 +95,27 @@ def stage_side(workspace: Workspace, workers: int) -> Callable[[], object]:
     return run
 
 
+def multiply(corpus: Path, copies: int) -> None:
+    """Have the shards of a corpus to train on so many times, under as many names."""
+    *train, val = sorted(corpus.glob("shard_*.parquet"))
+    (corpus / MANIFEST_NAME).unlink()
+    val.rename(corpus / f"shard_{len(train) * copies:05}.parquet")
+    for copy in range(1, copies):
+        for place, shard in enumerate(train):
+            (corpus / f"shard_{len(train) * copy + place:05}.parquet").hardlink_to(shard)
+    adopt(corpus)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, help="parquet shards with a manifest; default: the built-in corpus")
+    parser.add_argument("--copies", type=int, default=1, help="of the built-in corpus, for the whole stage")
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--documents", type=int, default=20_000, help="at most; the whole stage takes all")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    if arguments.copies > 1 and arguments.corpus is not None:
+        parser.error("--copies are of the built-in corpus, not of --corpus")
 
     with tempfile.TemporaryDirectory() as name:
         workspace = Workspace(Path(name))
@@ -114,6 +129,8 @@ def main() -> None:
         tokenizer.save(workspace.tokenizer)
         documents = list(islice(read_texts(corpus, "train", FIX), arguments.documents))
         num_tokens = sum(len(tokenizer.encode(text)) for text in documents)
+        if arguments.copies > 1:
+            multiply(corpus, arguments.copies)
         totals = tokenize_corpus(corpus, workspace.tokenizer, workspace.tokens, workers=1)["totals"]
         stage_tokens = sum(split["tokens"] for split in totals.values())
 

@@ -7,8 +7,9 @@ Both sides get the same text (the built-in corpus, or shards in --data), token i
 same threads. Each keeps its own default hyperparameters, schedules, initial weights and data order: equal
 hyperparameters are not the point, the result is.
 
-- Ours is `nanochat train base` at its defaults: eager on a CPU, and with --compile also compiled; compiled on a GPU,
-  in bfloat16, and with --fp8 also in fp8, and the faster of the two is compared.
+- Ours is `nanochat train base` as it is by default in a short run: eager on a CPU, and with --compile also probed
+  compiled, as it is by default in a long one; compiled on a GPU, in bfloat16, and with --fp8 also in fp8, and the
+  faster of the two is compared.
 - The peer is its own `scripts.base_train`: torch.compile of the model and of the optimizer is always on there, and its
   scaling rules choose the learning rates. Its default on a CPU is float32; where the CPU has bfloat16 that is tried
   too, and the faster of the two is compared. On a GPU it is bfloat16, and with --fp8 also its fp8, which takes in the
