@@ -1,10 +1,11 @@
 """How fast batches are made, beside a memory copy, the raw tokenizer and karpathy/nanochat's loader, in one
 run.
 
-python benchmarks/loader.py [--peer CHECKOUT] [--corpus FOLDER]
+python benchmarks/loader.py [--peer CHECKOUT] [--corpus FOLDER] [--threads N]
 
-All sides read the same text with the same vocabulary and deliver int64 inputs and targets on the CPU. Ours
-reads token shards, made once, beforehand (that is `tokenise once` below); the peer tokenises while it trains.
+All sides read the same text with the same vocabulary and deliver int64 inputs and targets on the CPU. Ours reads token
+shards, made once, beforehand (that is `tokenise once` below); the peer tokenises while it trains. Both have the same
+number of threads to copy tensors with.
 Printed are a table and, last, one line of JSON.
 """
 
@@ -130,7 +131,12 @@ def peer_side(
     numbers = map(str, (ROWS, SEQUENCE_LEN, num_documents, num_batches, REPEATS))
     finished = subprocess.run(
         [sys.executable, script, tokenizer, *numbers],
-        env={**os.environ, "PYTHONPATH": str(checkout), "NANOCHAT_BASE_DIR": str(work / "peer")},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(checkout),
+            "NANOCHAT_BASE_DIR": str(work / "peer"),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        },
         capture_output=True,
         text=True,
     )
@@ -146,9 +152,11 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="parquet shards with a manifest; default: the built-in corpus")
     parser.add_argument("--peer", type=Path, help="a checkout of karpathy/nanochat")
     parser.add_argument("--vocab-size", type=int, default=32_768)
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="OpenMP's, of both sides")
     parser.add_argument("--batches", type=int, default=200, help="batches per repeat, ours")
     parser.add_argument("--peer-batches", type=int, default=20, help="batches per repeat, the peer's")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

@@ -15,7 +15,7 @@ FLOORS = (
     ("corpus",),
     ("model", "optim", "loader", "tokenizer", "tasks"),
     ("training", "evaluation", "tracking", "chat", "export", "checkpoint", "cluster"),
-    ("pipeline",),
+    ("data_stages", "pipeline"),
     ("experiment",),
     ("commands",),
     ("cli",),

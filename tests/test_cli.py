@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from nanochat.commands import COMMANDS
+from nanochat.workspace import Workspace
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -24,6 +25,26 @@ def test_help_does_not_wait_for_torch() -> None:
         "print([name for name in ('torch', 'numpy', 'pyarrow', 'wandb', 'matplotlib') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tokenizer train --vocab-size 300",
+        "tokenizer eval",
+        "data tokenize --workers 1",
+        "data conversations sft --tasks arithmetic:20 --sequence-len 64",
+    ],
+)
+def test_data_are_prepared_without_torch(
+    command: str, prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its import takes two seconds, and a minute from a busy file system."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(prepared_workspace.root))
+    code = "import sys\nfrom nanochat.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

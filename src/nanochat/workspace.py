@@ -9,6 +9,7 @@ from typing import Literal
 from nanochat.errors import UsageError
 
 Stage = Literal["base", "mid", "sft", "rl"]
+ChatStage = Literal["mid", "sft"]
 
 CHECKPOINT_FOLDERS: dict[Stage, str] = {
     "base": "base_checkpoints",

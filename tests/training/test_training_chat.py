@@ -15,9 +15,9 @@ from distributed import run_distributed
 from nanochat.checkpoint.store import load_checkpoint
 from nanochat.config import MachineConfig, TrainBaseConfig, TrainMidConfig, TrainSFTConfig
 from nanochat.corpus.conversation import assistant, user
+from nanochat.data_stages import conversations_stage
 from nanochat.errors import DataError, StoppedForRequeueError, UsageError
 from nanochat.model.gpt import GPT
-from nanochat.pipeline import conversations_stage
 from nanochat.runtime import Runtime
 from nanochat.tokenizer.conversation import render_message
 from nanochat.tokenizer.tokenizer import Tokenizer

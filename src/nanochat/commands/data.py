@@ -282,7 +282,7 @@ def tokenize(*, workers: int | None = None) -> None:
     Args:
         workers: processes; default: one per core.
     """
-    from nanochat.pipeline import tokenize_stage
+    from nanochat.data_stages import tokenize_stage
 
     workspace = Workspace.from_environment()
     outputs = tokenize_stage(workspace, workers)
@@ -303,7 +303,7 @@ def conversations(
         tasks: NAME, NAME:xN for N times all of them, NAME:N for N of them, or jsonl=FILE; default: the stage's own.
         sequence_len: the model's context, in tokens; longer conversations are cut.
     """
-    from nanochat.pipeline import conversations_stage
+    from nanochat.data_stages import conversations_stage
     from nanochat.tracking.console import Console
 
     workspace = Workspace.from_environment()

@@ -12,7 +12,7 @@ def tokenizer_train(config: OmitArgPrefixes[TokenizerConfig]) -> None:
     Args:
         config: its settings.
     """
-    from nanochat.pipeline import tokenizer_stage
+    from nanochat.data_stages import tokenizer_stage
 
     workspace = Workspace.from_environment()
     tokenizer_stage(config, workspace)
@@ -21,7 +21,7 @@ def tokenizer_train(config: OmitArgPrefixes[TokenizerConfig]) -> None:
 
 def tokenizer_eval() -> None:
     """Measure the tokenizer: bytes per token by kind of text, next to GPT-2's and GPT-4's where those are on disk."""
-    from nanochat.pipeline import corpus_samples
+    from nanochat.data_stages import corpus_samples
     from nanochat.tokenizer.evaluate import SAMPLES, evaluate_tokenizer, render
     from nanochat.tokenizer.tokenizer import Tokenizer
 

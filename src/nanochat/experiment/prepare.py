@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from nanochat.corpus.shards import open_corpus, read_texts
+from nanochat.data_stages import conversations_stage
 from nanochat.errors import DataError, NanochatError, UsageError
 from nanochat.experiment.records import corpus_of, inputs_of
 from nanochat.experiment.specification import SHARED_SET, Arm, Experiment, ExperimentFolder
@@ -35,11 +36,10 @@ from nanochat.files import (
 )
 from nanochat.loader.token_shards import MANIFEST_KIND, TOKENS_SUFFIX, TokenDataset, write_shard
 from nanochat.loader.tokenize import tokenize_corpus
-from nanochat.pipeline import conversations_stage
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tokenizer.train import train_tokenizer
 from nanochat.tracking.console import Console, format_count
-from nanochat.training.chat import ChatStage
+from nanochat.workspace import ChatStage
 
 DIGEST_BYTES = 16
 

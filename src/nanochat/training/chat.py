@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -49,9 +49,7 @@ from nanochat.training.session import (
     train_tracked,
     write_training_section,
 )
-from nanochat.workspace import Workspace
-
-ChatStage = Literal["mid", "sft"]
+from nanochat.workspace import ChatStage, Workspace
 
 TITLES: dict[ChatStage, str] = {"mid": "Midtraining", "sft": "Supervised finetuning"}
 # Half of base's warm-up, to a lower peak: nanochat's SFT (scripts/chat_sft.py, 2026-07).
