@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from nanochat.commands import COMMANDS
 from nanochat.errors import ExitCode, LostRankError, NanochatError, StoppedWithMainError, StopSignal
-from nanochat.training.stopping import received, stops_at_once
+from nanochat.training.stopping import lost_stop, received, stops_at_once
 
 # Rank 0 has nothing left to do but to write its message.
 SECONDS_FOR_MAIN = 2.0
@@ -85,13 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(
-            f"nanochat: unexpected {type(error).__name__}: {error} — "
-            f"add --debug for the traceback, and please report it",
-            file=sys.stderr,
-            flush=True,
-        )
-        code = ExitCode.FAILED
+        if lost := lost_stop(error):
+            code = _stopped(lost.signal_name)
+        else:
+            print(
+                f"nanochat: unexpected {type(error).__name__}: {error} — "
+                f"add --debug for the traceback, and please report it",
+                file=sys.stderr,
+                flush=True,
+            )
+            code = ExitCode.FAILED
     sys.exit(code)
 
 

@@ -54,6 +54,7 @@ from nanochat.training.chat import SAMPLE_QUESTIONS, draw_answers, train_chat
 from nanochat.training.continuing import identity_fields
 from nanochat.training.heartbeat import Heartbeat, beating
 from nanochat.training.recipe import base_shape, check_ranks, make_recipe
+from nanochat.training.stopping import lost_stop
 from nanochat.training.watchdog import watched
 from nanochat.workspace import CHECKPOINT_FOLDERS, ChatStage, Stage, Workspace, check_run_name
 
@@ -102,18 +103,21 @@ def run_pipeline(
     with beating(workspace.run(config.run) if runtime.is_main else None, chosen[0].name) as heartbeat:
         for index, stage in enumerate(chosen, start=1):
             heartbeat.enter(stage.name)
-            with console.stage(index, len(chosen), stage.name), _stopped_in(stage.name):
+            with console.stage(index, len(chosen), stage.name), stopped_in(stage.name):
                 _run_stage(stage, record_path(workspace, config.run, stage.name), runtime, console, heartbeat)
 
 
 @contextmanager
-def _stopped_in(stage: StageName) -> Iterator[None]:
+def stopped_in(stage: StageName) -> Iterator[None]:
     """Say in which stage a signal ended the command; the loop says it itself."""
     try:
         yield
-    except StopSignal as stop:
+    except (StopSignal, Exception) as error:
+        stop = error if isinstance(error, StopSignal) else lost_stop(error)
+        if stop is None:
+            raise
         message = f"stopped by {stop.signal_name} in stage {stage}"
-        raise StoppedForRequeueError(message, "the same command carries on") from None
+        raise StoppedForRequeueError(message, "the same command carries on") from error
 
 
 def _run_stage(

@@ -1,5 +1,6 @@
 """A stop signal ends a command soon, wherever it is, and loses nothing."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from nanochat.checkpoint.store import load_checkpoint
 from nanochat.config import TrainBaseConfig
 from nanochat.errors import StoppedForRequeueError, StopSignal
 from nanochat.model.gpt import GPT
+from nanochat.pipeline import stopped_in
 from nanochat.runtime import Runtime
 from nanochat.training.base import train_base
 from nanochat.training.stopping import StopRequest, received, stops_at_once
@@ -287,6 +289,48 @@ def test_a_signal_while_a_command_starts_up_ends_it_with_one_line(start: Callabl
     assert command.stop(signal.SIGTERM) == (75, "nanochat: stopped by SIGTERM; the same command carries on\n")
 
 
+HIDES = """
+import os, signal, sys, time
+from nanochat import cli
+
+def hide() -> None:
+    try:
+        if sys.argv[1] == "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+    except BaseException:
+        pass
+    raise ValueError("could not determine the shape")
+
+cli.COMMANDS["hide"] = hide
+cli.main(["hide"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [("stopped", 75, "stopped by SIGTERM; the same command carries on"), ("failed", 1, "unexpected ValueError")],
+)
+def test_an_error_that_has_taken_the_place_of_a_stop_is_one(how: str, code: int, said: str) -> None:
+    """As torch.tensor's does when the signal comes while it asks Python for something."""
+    done = subprocess.run([sys.executable, "-c", HIDES, how], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, said in done.stderr) == (code, True)
+
+
+def lose_a_stop_in_eval(error: Exception) -> None:
+    with stops_at_once(), stopped_in("eval"):
+        with contextlib.suppress(StopSignal):
+            signal.raise_signal(signal.SIGUSR1)
+        raise error
+
+
+def test_an_error_in_a_stage_that_has_taken_the_place_of_a_stop_names_the_stage() -> None:
+    with pytest.raises(StoppedForRequeueError, match="stopped by SIGUSR1 in stage eval"):
+        lose_a_stop_in_eval(ValueError("could not determine the shape"))
+    with pytest.raises(OSError, match="disk"):
+        lose_a_stop_in_eval(OSError("the disk is full"))
+
+
 def test_a_signal_in_an_evaluation_ends_the_run_there_and_the_same_command_finishes_it(
     start: Callable[..., Command],
 ) -> None:
@@ -295,10 +339,8 @@ def test_a_signal_in_an_evaluation_ends_the_run_there_and_the_same_command_finis
     command = start(*arguments)
     command.wait_until(lambda: command.is_in("eval", "evaluating"))
     code, errors = command.stop(signal.SIGUSR1)
-    assert (code, errors.splitlines()[-1]) == (
-        75,
-        "nanochat: stopped by SIGUSR1 in stage eval — the same command carries on",
-    )
+    assert code == 75, errors
+    assert errors.splitlines()[-1] == "nanochat: stopped by SIGUSR1 in stage eval — the same command carries on"
     assert "Traceback" not in errors
     assert command.is_in("eval", "stopped")
     again = start(*arguments)

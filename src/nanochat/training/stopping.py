@@ -16,7 +16,7 @@ from threading import Thread
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from nanochat.errors import ExitCode, StopSignal
+from nanochat.errors import ExitCode, NanochatError, StopSignal
 from nanochat.training.heartbeat import last_words
 
 SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -65,6 +65,17 @@ def received() -> str | None:
     return _received
 
 
+def lost_stop(error: Exception) -> StopSignal | None:
+    """The stop that an unexpected error has taken the place of, if one was raised before.
+
+    C code that calls Python may take every exception for one of its own: stopped in `torch.tensor`, for one, it says
+    that it "could not determine the shape" of something.
+    """
+    if _raised and _received is not None and not isinstance(error, (NanochatError, OSError)):
+        return StopSignal(_received)
+    return None
+
+
 class StopRequest:
     """While entered, a stop signal is a wish that the loop reads; a second Ctrl-C acts as it always did.
 
@@ -110,12 +121,13 @@ class StopRequest:
             raise _end_of(self.signal_name)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        global _received
+        global _received, _raised
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.signal_name is None:
             self.signal_name = _received = signal.Signals(number).name
             if not self.defers:
+                _raised = number != signal.SIGINT
                 raise _end_of(self.signal_name)
 
 
