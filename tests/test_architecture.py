@@ -11,7 +11,7 @@ DESIGN = SOURCE.parents[1] / "docs" / "explanation" / "design.md"
 
 # From the ground up. Those on one floor may import each other, but not in a circle.
 FLOORS = (
-    ("workspace", "config", "runtime", "identity", "files", "errors"),
+    ("workspace", "config", "runtime", "compiled_code", "identity", "files", "errors"),
     ("corpus",),
     ("model", "optim", "loader", "tokenizer", "tasks"),
     ("training", "evaluation", "tracking", "chat", "export", "checkpoint", "cluster"),

@@ -47,6 +47,11 @@ def test_data_are_prepared_without_torch(
     assert done.stdout.splitlines()[-1] == "False"
 
 
+def test_experiments_are_prepared_without_torch() -> None:
+    code = "import sys, nanochat.experiment.prepare; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_explains_itself(run_command: Run, command: str) -> None:
     result = run_command(*command.split(), "--help")

@@ -149,8 +149,8 @@ class MachineConfig:
     """Train the block matrices with products in fp8, on GPUs from Ada and Hopper on; pays from about depth 20 on.
     Values are scaled per forward pass: another --device-batch-size gives a slightly different result."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: on a GPU; on a CPU, which is 1.2 to 1.3 times as fast after a minute of compiling, in stages
-    of ten minutes or more."""
+    """torch.compile. auto: on a GPU; on a CPU, 1.2 to 1.35 times as fast after a minute of compiling, in stages
+    that are estimated at more than ten minutes."""
     attention: AttentionName = "auto"
     """Attention kernels: FlashAttention 3 or 4, PyTorch's for GPUs, or for all devices. auto: the first of them that is
     there and exact."""

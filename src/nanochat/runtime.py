@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from nanochat.compiled_code import keep_compiled_code
 from nanochat.errors import LostRankError, NanochatError, PreflightError, StoppedWithMainError, UsageError
 from nanochat.identity import usable_cores
 
@@ -163,33 +164,6 @@ def set_cpu_threads(local_world_size: int) -> None:
     asked = os.environ.get("OMP_NUM_THREADS")
     if asked is None or (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         torch.set_num_threads(max(1, usable_cores() // local_world_size))
-
-
-def keep_compiled_code(folder: Path) -> None:
-    """Have Inductor and Triton keep what they compile below `folder`, unless their own variables name a place.
-
-    Their default is /tmp of the node, where the next job does not find it. PyTorch writes its default into the same
-    variable as soon as anything looks it up, `torch.device("meta")` for one, so this comes before all else.
-    """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    # PyTorch is wary of autograd functions such as our loss, though their traced bodies are a part of the key. Without
-    # this a warm start traces the whole backward pass anew: 11.7 s in place of 7 at d4 (benchmarks/LOG.md).
-    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
-
-
-def why_not_compile() -> str | None:
-    """Why torch.compile cannot make code for this CPU, found by having it make some; None if it can.
-
-    It needs a C++ compiler, Python's headers, and room in two folders. What of that is missing shows in a dozen kinds
-    of exceptions.
-    """
-    try:
-        torch.compile(torch.sin)(torch.ones(8))
-    except Exception as error:
-        # Inductor wraps the error in its own.
-        return _first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-    return None
 
 
 def grow_memory_in_place() -> None:

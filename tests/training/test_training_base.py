@@ -581,7 +581,7 @@ def test_compiled_training_learns_keeps_its_code_and_resumes_exactly(
     assert len(losses) == 3
     assert losses[-1] < losses[0]
     assert list(prepared_workspace.cache.glob("inductor/**/*.so"))
-    assert list(prepared_workspace.cache.glob("inductor/aotautograd/*")), "the traced backward pass"
+    assert list(prepared_workspace.cache.glob("inductor/*/aotautograd/*")), "the traced backward pass"
 
     last = prepared_workspace.checkpoints("base", "tiny") / "step_000003"
     tensors = {path.name: path.read_bytes() for path in last.glob("*.safetensors")}

@@ -2,9 +2,6 @@
 
 import io
 import os
-import subprocess
-import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -16,10 +13,8 @@ from nanochat.runtime import Runtime
 from nanochat.tracking.console import Console
 from nanochat.training import session
 from nanochat.training.session import COMPILING_PAYS_AFTER_SECONDS, EAGER_FLOPS_PER_CORE, compiles
-from toolchain import needs_compiler
 
 CPU = torch.device("cpu")
-WHY_NOT = "from nanochat.runtime import why_not_compile; print(why_not_compile())"
 
 
 def flops_of(seconds: float, threads: int) -> float:
@@ -60,24 +55,3 @@ def test_all_ranks_train_uncompiled_where_one_cannot_compile() -> None:
     assert not first
     assert not second
     assert "compiling fails here: no g++ here" in said
-
-
-def why_not(folder: Path, **environment: str) -> str:
-    clean = {name: value for name, value in os.environ.items() if name != "CXX"}
-    environment = {**clean, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), **environment}
-    done = subprocess.run([sys.executable, "-c", WHY_NOT], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-@needs_compiler
-def test_a_working_compiler_is_found_to_work(tmp_path: Path) -> None:
-    assert why_not(tmp_path) == "None"
-
-
-def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
-    assert "no-such-compiler" in why_not(tmp_path, CXX="/usr/bin/no-such-compiler")
-
-
-def test_a_cache_that_cannot_be_written_is_a_reason(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where a folder should be")
-    assert "cache" in why_not(tmp_path)

@@ -214,6 +214,7 @@ def build_stage(
         config={
             **resolved,
             "attention": attention.name,
+            "compiled": compiled,
             "environment": describe_environment() if runtime.is_main else {},
         },
     )

@@ -12,12 +12,13 @@ import torch
 
 from nanochat.checkpoint.store import Checkpoint
 from nanochat.checkpoint.trained_model import newest_checkpoint
+from nanochat.compiled_code import remove_cut_off_code, why_not_compile
 from nanochat.config import MachineConfig, TrainBaseConfig, TrainChatConfig
 from nanochat.errors import DataError
 from nanochat.files import read_manifest
 from nanochat.loader.batches import BatchLoader, LoaderConfig, LoaderStatistics
 from nanochat.loader.token_shards import MANIFEST_KIND, TokenDataset
-from nanochat.runtime import Runtime, check_tf32, gather_from_ranks, run_on_main, why_not_compile
+from nanochat.runtime import Runtime, check_tf32, gather_from_ranks, run_on_main
 from nanochat.tokenizer.tokenizer import Tokenizer
 from nanochat.tracking import keys
 from nanochat.tracking.console import Console, format_seconds
@@ -119,23 +120,28 @@ def compiles(machine: MachineConfig, runtime: Runtime, num_flops: float, console
     Args:
         machine: what was asked for.
         runtime: where the stage computes.
-        num_flops: of the whole stage, what is already done included: a run that is carried on chooses as before.
+        num_flops: of the whole stage, what is already done included: a run that is carried on chooses as before, on as
+            many threads and ranks.
         console: told why a stage that should be compiled is not.
 
     Raises:
         PreflightError: TF32 is set in a way on which compiling fails.
     """
+    depends = machine.compile == "auto" and runtime.device.type == "cpu"
     compiled = machine.compile != "off"
-    if machine.compile == "auto" and runtime.device.type == "cpu":
+    if depends:
         seconds = num_flops / runtime.world_size / torch.get_num_threads() / EAGER_FLOPS_PER_CORE
         # Ranks may have other numbers of threads and nodes other compilers; all do the same.
         compiled = all(gather_from_ranks(seconds > COMPILING_PAYS_AFTER_SECONDS))
-        if compiled and (failures := [reason for reason in gather_from_ranks(why_not_compile()) if reason]):
-            console.warning(f"compiled training would be faster, but compiling fails here: {failures[0]}")
-            compiled = False
     if compiled:
         # Once more: what was imported since the start may have set it.
         check_tf32()
+        remove_cut_off_code()
+    if compiled and depends:
+        failures = [reason for reason in gather_from_ranks(why_not_compile()) if reason is not None]
+        if failures:
+            console.warning(f"compiled training would be faster, but compiling fails here: {failures[0]}")
+        compiled = not failures
     return compiled
 
 
