@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -438,6 +439,26 @@ def test_a_step_never_waits_for_the_gpu(
     runtime = Runtime(torch.device("cuda", 0), torch.bfloat16)
     train_base(replace(CONFIG, compile=compile_mode), RUN, prepared_workspace, runtime)
     assert len(queued) == 12
+
+
+def test_the_time_that_is_left_forgets_a_first_step_that_compiled(
+    prepared_workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward, waits = GPT.forward, [60.0]
+    clock = time.perf_counter
+    skipped = 0.0
+
+    def slow_at_first(model: GPT, *tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal skipped
+        skipped += waits.pop() if waits else 0.0
+        return forward(model, *tokens)
+
+    monkeypatch.setattr(GPT, "forward", slow_at_first)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock() + skipped)
+    train_base(CONFIG, RUN, prepared_workspace, CPU)
+    printed = [line for line in capsys.readouterr().out.splitlines() if " left=" in line]
+    assert re.search(r"left=1[12] min", printed[0]), "of eleven steps as long as the only one"
+    assert all(re.search(r"left=[\d.]+ s$", line) for line in printed[2:])
 
 
 def test_a_model_whose_loss_has_lost_its_gradient_is_not_trained_on(

@@ -13,6 +13,7 @@ leave it idle in between, so the results are read one step late, except where so
 
 import gc
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -55,6 +56,7 @@ from nanochat.workspace import Stage as StageName
 
 # A single overflow is skipped and counted; this many in a row mean that the run has diverged.
 MOST_SKIPS_IN_A_ROW = 10
+STEPS_TO_ESTIMATE_FROM = 20
 SMOOTHING = 0.9
 
 # Steps that may be queued when the results of one are read. On a CPU they are there as soon as it is queued.
@@ -227,6 +229,7 @@ def train(
     first_step = True
     step = saved_step = progress.step
     queued: deque[_QueuedStep] = deque()
+    recent: deque[float] = deque(maxlen=STEPS_TO_ESTIMATE_FROM)
     heartbeat = trackers.heartbeat
 
     with StopRequest() as stop, _live_bar(trackers.console, stage.name, cadence, progress) as show_progress:
@@ -263,6 +266,9 @@ def train(
                 seconds, last_done = now - last_done, now
                 progress.step += 1
                 progress.seconds += seconds
+                recent.append(seconds)
+                # A median, as the first step of a start may compile for a minute.
+                seconds_left = statistics.median(recent) * (cadence.num_steps - progress.step)
                 if math.isfinite(loss) and math.isfinite(gradient_norm):
                     progress.smoothed_loss = SMOOTHING * progress.smoothed_loss + (1 - SMOOTHING) * loss
                     skips_in_a_row = 0
@@ -285,7 +291,7 @@ def train(
                     loss=loss,
                     step_seconds=seconds,
                     tokens_per_second=stage.tokens_per_step / seconds,
-                    seconds_left=progress.seconds / progress.step * (cadence.num_steps - progress.step),
+                    seconds_left=seconds_left,
                 )
                 if skips_in_a_row == MOST_SKIPS_IN_A_ROW:
                     raise NanochatError(
@@ -293,7 +299,8 @@ def train(
                         f"lower the learning rates, or go back: rm -r the newest folders in {stage.checkpoints}",
                     )
                 if cadence.due(cadence.log_every, progress.step):
-                    _log_step(stage, cadence, runtime, trackers, progress, ended, loss, gradient_norm, seconds)
+                    figures = (loss, gradient_norm, seconds, seconds_left)
+                    _log_step(stage, cadence, runtime, trackers, progress, ended, *figures)
 
             if cadence.due(cadence.save_every, step) or stop_agreed:
                 # Before evaluating: an evaluation that fails or is killed must not cost the trained weights.
@@ -347,7 +354,8 @@ def _queue_step(stage: Stage, runtime: Runtime, stop: StopRequest, step: int) ->
                 rows = inputs_BT.size(0)
                 raise NanochatError(
                     f"{runtime.device} has too little memory for {rows} rows at once",
-                    f"lower --device-batch-size, for example to {max(1, rows // 2)}; the result is the same",
+                    f"lower --device-batch-size, for example to {max(1, rows // 2)}: the result is the same, but for"
+                    " roundings with --fp8",
                 ) from None
             loss_and_votes[0] += loss.detach() / runtime.world_size
             # A large batch on a slow device takes longer than any step should.
@@ -403,6 +411,7 @@ def _log_step(
     loss: float,
     gradient_norm: float,
     seconds: float,
+    seconds_left: float,
 ) -> None:
     """Record and print one step."""
     schedule = ended.schedule
@@ -429,11 +438,10 @@ def _log_step(
             **_device_metrics(runtime, stage.flops_per_token * stage.tokens_per_step / seconds),
         },
     )
-    left = progress.seconds / progress.step * (cadence.num_steps - progress.step)
     trackers.console.info(
         f"step {progress.step}/{cadence.num_steps} loss={smoothed:.4f} "
         f"lr={schedule.lr_multiplier:.2f} norm={gradient_norm:.3f} "
-        f"tok/s={format_count(round(stage.tokens_per_step / seconds))} left={format_seconds(left)}"
+        f"tok/s={format_count(round(stage.tokens_per_step / seconds))} left={format_seconds(seconds_left)}"
     )
 
 

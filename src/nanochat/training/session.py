@@ -122,7 +122,7 @@ def compiles(machine: MachineConfig, runtime: Runtime, num_flops: float, console
         runtime: where the stage computes.
         num_flops: of the whole stage, what is already done included: a run that is carried on chooses as before, on as
             many threads and ranks.
-        console: told why a stage that should be compiled is not.
+        console: told that the stage is compiled, or why one that should be is not.
 
     Raises:
         PreflightError: TF32 is set in a way on which compiling fails.
@@ -142,6 +142,8 @@ def compiles(machine: MachineConfig, runtime: Runtime, num_flops: float, console
         if failures:
             console.warning(f"compiled training would be faster, but compiling fails here: {failures[0]}")
         compiled = not failures
+    if compiled:
+        console.info("compiled: the first step takes a minute or so, and seconds once the cache has its code")
     return compiled
 
 
