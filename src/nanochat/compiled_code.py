@@ -53,7 +53,9 @@ def remove_cut_off_code() -> None:
     Linkers write under a file's final name, and Inductor takes a file that is there for a whole one.
     """
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    for path in Path(folder).rglob("*.*o") if folder else ():
+    if folder is None or sys.platform != "linux":
+        return
+    for path in Path(folder).rglob("*.*o"):
         if path.suffix in (".so", ".o") and _is_cut_off(path):
             path.unlink(missing_ok=True)
 
